@@ -1,0 +1,195 @@
+"""The pure entry: params and tokens in, logits and captured activations out."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from gemma3_jax.cache import ActivationCache
+from gemma3_jax.config import Gemma3Config
+from gemma3_jax.hooks import CAPTURES, Edit, InLayout, captured, interceptor
+from gemma3_jax.model import Gemma3, default_positions
+from gemma3_jax.sites import Match, layer_of, select, site_names
+
+ReturnType = Literal["logits", "loss", "both", None]
+Capture = str | Iterable[str] | Callable[[str], bool]
+Edits = Mapping[str, Edit | Sequence[Edit]]
+
+
+def forward(
+    config: Gemma3Config,
+    params: Mapping[str, Any],
+    tokens: jax.Array | None = None,
+    capture: Capture = (),
+    edits: Edits | None = None,
+    attention_mask: jax.Array | None = None,
+    *,
+    positions: jax.Array | None = None,
+    inputs_embeds: jax.Array | None = None,
+    stop_at_layer: int | None = None,
+    return_type: ReturnType = "logits",
+) -> tuple[Any, ActivationCache]:
+    """Run the model, capture and edit activations. Pure: `jit`, `vmap` and `grad` it as you like.
+
+    `config`, `capture`, `stop_at_layer` and `return_type` are static: under `jax.jit` close over them or name them
+    in `static_argnames`. Everything else may be traced. What neither the result nor a capture needs is not run.
+
+    Args:
+        config: shape of the model.
+        params: parameter pytree, as `conversion.convert_checkpoint` returns it.
+        tokens: [b, p] integer ids below `config.vocab_size`.
+        capture: sites to return: a name, several names, globs (`blocks.*.hook_out`), or a predicate on names.
+        edits: for each name or glob an edit, or several to apply in order. An edit is `edit(value, hook) -> value`:
+            a function, a `jax.tree_util.Partial` or a `flax.struct.dataclass` with `__call__`; its array leaves are
+            traced. `hook` is a `gemma3_jax.Hook`. Captures are taken after the edits of the same site. Under a
+            Hugging Face path the edit sees the value in Hugging Face's layout.
+        attention_mask: [b, p], 1 at real tokens and 0 at padding on either side.
+        positions: [b, p] integer positions for the rotary embedding; by default they count the real tokens.
+        inputs_embeds: [b, p, d] embeddings in place of `tokens`, scaled by sqrt(d) already (as Hugging Face has it).
+        stop_at_layer: run only the blocks before this one and return the residual stream [b, p, d] entering it.
+            Negative counts from the end.
+        return_type: "logits", "loss" (mean next-token cross-entropy, in nats, over real tokens), "both" or None.
+
+    Returns:
+        What `return_type` asks for: logits [b, p, V] float32, loss [] float32, (logits, loss), or None; and the
+        captured values, indexed by any name of their site.
+
+    Raises:
+        UnknownSite: a name in `capture` or `edits` that no site has.
+        ValueError: arguments that do not fit together; a site that this call never runs.
+
+    >>> import jax
+    >>> from gemma3_jax import Gemma3, Gemma3Config, forward
+    >>> config = Gemma3Config(
+    ...     vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+    ...     num_key_value_heads=1, head_dim=4, sliding_window=4, query_pre_attn_scalar=4)
+    >>> tokens = jax.numpy.arange(6)[None]
+    >>> params = Gemma3(config).init(jax.random.key(0), tokens)["params"]
+    >>> logits, cache = forward(config, params, tokens, capture="blocks.*.hook_resid_post")
+    >>> logits.shape, list(cache)
+    ((1, 6, 16), ['blocks.0.hook_out', 'blocks.1.hook_out'])
+    """
+    source = tokens if inputs_embeds is None else inputs_embeds
+    if source is None or (tokens is not None and inputs_embeds is not None):
+        raise ValueError("give tokens or inputs_embeds: exactly one of them")
+    _check(config, source, attention_mask, positions, stop_at_layer, return_type)
+    names = captured_names(config, capture, stop_at_layer)
+    placed = _placed_edits(config, edits or {}, stop_at_layer)
+    stop = _layers_needed(config, names) if return_type is None and stop_at_layer is None else stop_at_layer
+    if positions is None:
+        positions = default_positions(source.shape[:2], attention_mask)
+
+    model = Gemma3(config, watched=frozenset(names) | frozenset(placed), edited=frozenset(placed))
+    # The interceptor is entered here, inside the function that gets traced: see `gemma3_jax.hooks`.
+    with nn.intercept_methods(interceptor(frozenset(names), placed, positions)):
+        out, variables = model.apply(
+            {"params": params},
+            source,
+            attention_mask=attention_mask,
+            positions=positions,
+            stop_at_layer=stop,
+            mutable=[CAPTURES],
+        )
+    values = captured(variables)
+    cache = ActivationCache(config, {name: values[name] for name in names})
+    if return_type in ("loss", "both"):
+        loss = next_token_loss(out, source, attention_mask)
+        return (loss if return_type == "loss" else (out, loss)), cache
+    return (None if return_type is None else out), cache
+
+
+def next_token_loss(logits: jax.Array, tokens: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
+    """Mean cross-entropy [] float32, in nats, of each token under the logits one position before it.
+
+    Args:
+        logits: [b, p, V].
+        tokens: [b, p] integer ids.
+        attention_mask: [b, p], 1 at real tokens; a pair counts when both its tokens are real.
+    """
+    # [b, p - 1]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1].astype(jnp.float32), tokens[:, 1:])
+    if attention_mask is None:
+        return jnp.mean(losses)
+    real = attention_mask.astype(bool)
+    return jnp.mean(losses, where=real[:, :-1] & real[:, 1:])
+
+
+def captured_names(config: Gemma3Config, capture: Capture, stop_at_layer: int | None = None) -> tuple[str, ...]:
+    """The canonical names of the sites that `capture` means, in the model's order.
+
+    Raises:
+        UnknownSite: a name that no site has.
+        ValueError: a name or glob of which no site runs before `stop_at_layer`.
+    """
+    wanted = [capture] if isinstance(capture, str) or callable(capture) else capture
+    names = {match.name for each in wanted for match in _running(config, each, stop_at_layer)}
+    return tuple(name for name in site_names(config) if name in names)
+
+
+def place(
+    config: Gemma3Config, wanted: Capture, edit: Edit, stop_at_layer: int | None = None
+) -> list[tuple[str, Edit]]:
+    """The (canonical name, edit) pairs that an edit under that name, glob, list or predicate stands for."""
+    matches = _running(config, wanted, stop_at_layer)
+    return [(m.name, edit if m.layout is None else InLayout(edit, m.layout)) for m in matches]
+
+
+def _check(config, source, attention_mask, positions, stop_at_layer, return_type) -> None:
+    is_tokens = jnp.issubdtype(source.dtype, jnp.integer)
+    if is_tokens and source.ndim != 2:
+        raise ValueError(f"tokens have shape {source.shape}; they must be [b, p]")
+    if not is_tokens and (source.ndim != 3 or source.shape[2] != config.hidden_size):
+        raise ValueError(
+            f"the input is {source.dtype} of shape {source.shape}; tokens are integers [b, p], "
+            f"inputs_embeds are floats [b, p, {config.hidden_size}]"
+        )
+    for name, array in (("attention_mask", attention_mask), ("positions", positions)):
+        if array is not None and array.shape != source.shape[:2]:
+            raise ValueError(f"{name} has shape {array.shape}; the input has {source.shape[:2]} (batch, position)")
+    if return_type not in get_args(ReturnType):
+        raise ValueError(f"return_type is {return_type!r}; it takes 'logits', 'loss', 'both' and None")
+    if return_type in ("loss", "both") and (not is_tokens or stop_at_layer is not None):
+        raise ValueError(f"return_type {return_type!r} needs tokens and the whole model (no stop_at_layer)")
+    layers = config.num_hidden_layers
+    if stop_at_layer is not None and not -layers <= stop_at_layer <= layers:
+        raise ValueError(f"stop_at_layer is {stop_at_layer}; the model has {layers} layers")
+
+
+def _runs(config: Gemma3Config, name: str, stop_at_layer: int | None) -> bool:
+    """Whether a run that stops before that layer (None: a run of the whole model) comes by the site."""
+    if stop_at_layer is None:
+        return True
+    layer = layer_of(name)
+    return name.startswith("embed.") if layer is None else layer in range(config.num_hidden_layers)[:stop_at_layer]
+
+
+def _running(config: Gemma3Config, wanted: Capture, stop_at_layer: int | None) -> list[Match]:
+    matches = [match for match in select(wanted, config) if _runs(config, match.name, stop_at_layer)]
+    if not matches and not callable(wanted):
+        raise ValueError(f"{wanted} never runs: stop_at_layer is {stop_at_layer}")
+    return matches
+
+
+def _placed_edits(config: Gemma3Config, edits: Edits, stop_at_layer: int | None) -> dict[str, tuple[Edit, ...]]:
+    placed: dict[str, tuple[Edit, ...]] = {}
+    for key, given in edits.items():
+        pairs: dict[str, tuple[Edit, ...]] = {}
+        for edit in given if isinstance(given, Sequence) else (given,):
+            for name, in_layout in place(config, key, edit, stop_at_layer):
+                pairs[name] = (*pairs.get(name, ()), in_layout)
+        twice = sorted(set(pairs) & set(placed))
+        if twice:
+            # A dict that passes through jit comes out sorted, so that two keys have no order of their own.
+            raise ValueError(f"two keys of edits name {twice[0]}; give one key a list of edits, in the order wanted")
+        placed |= pairs
+    return placed
+
+
+def _layers_needed(config: Gemma3Config, names: Sequence[str]) -> int | None:
+    """How many blocks produce those sites; None where one lies behind the last block."""
+    if not all(_runs(config, name, config.num_hidden_layers) for name in names):
+        return None
+    return max((layer + 1 for name in names if (layer := layer_of(name)) is not None), default=0)

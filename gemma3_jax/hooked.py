@@ -1,0 +1,350 @@
+"""`HookedGemma3`: parameters, tokenizer and compiled functions in one object, for people at a prompt.
+
+One of the two rooms that see both the model and `conversion` (`from_pretrained` converts).
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+import conversion
+from conversion.files import TOKENIZER_FILES, locate
+from gemma3_jax.cache import ActivationCache
+from gemma3_jax.config import Gemma3Config
+from gemma3_jax.forward import Capture, ReturnType, captured_names, forward, place
+from gemma3_jax.hooks import Edit
+from gemma3_jax.sites import site
+
+Input = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
+Hooks = Sequence[tuple[Capture, Edit]]
+
+
+class HookedGemma3:
+    """A Gemma 3 with its parameters and tokenizer. Holds no hooks: every call says what it captures and edits.
+
+    Inputs are text, a list of texts (padded on the right, with the mask that belongs to it), or token ids [p] or
+    [b, p]. Each set of captures, hook sites and input shape compiles once; other values compile nothing.
+
+    Attributes:
+        config: shape of the model.
+        params: parameter pytree, as `conversion.convert_checkpoint` returns it.
+        tokenizer: a Hugging Face tokenizer, or None.
+
+    >>> from gemma3_jax import TINY, HookedGemma3
+    >>> model = HookedGemma3.from_pretrained(TINY)
+    >>> logits, cache = model.run_with_cache("ba ke lo ba ke", names_filter="blocks.*.hook_resid_post")
+    >>> list(cache)[0], cache["blocks.0.hook_resid_post"].shape == (1, 6, model.config.hidden_size)
+    ('blocks.0.hook_out', True)
+    """
+
+    def __init__(self, config: Gemma3Config, params: Any, tokenizer: Any = None):
+        self.config = config
+        self.params = params
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], dtype: DTypeLike | None = None, revision: str | None = None
+    ) -> "HookedGemma3":
+        """Convert a checkpoint (see `conversion.convert_checkpoint`) and load its tokenizer where it has one.
+
+        Args:
+            source: directory or hub id.
+            dtype: "float32", "bfloat16", "float16", or None for what is stored.
+            revision: branch, tag or commit on the hub.
+        """
+        directory = locate(source, revision)
+        config, params = conversion.convert_checkpoint(directory, dtype)
+        return cls(config, params, _load_tokenizer(directory))
+
+    def __call__(
+        self,
+        input: Input,
+        return_type: ReturnType = "logits",
+        *,
+        stop_at_layer: int | None = None,
+        attention_mask: Any = None,
+    ) -> Any:
+        """Run the model: logits [b, p, V] float32, or what `return_type` asks for. Arguments as in `run_with_cache`."""
+        return self._run(input, (), (), return_type, stop_at_layer, attention_mask)[0]
+
+    def run_with_cache(
+        self,
+        input: Input,
+        names_filter: Capture | None = None,
+        *,
+        return_type: ReturnType = "logits",
+        stop_at_layer: int | None = None,
+        attention_mask: Any = None,
+        remove_batch_dim: bool = False,
+        pos_slice: int | slice | None = None,
+    ) -> tuple[Any, ActivationCache]:
+        """Run the model and keep activations.
+
+        Args:
+            input: text, texts, or token ids.
+            names_filter: sites to keep: a name, a glob, a list of them, or a predicate on names. None keeps every
+                site, the per-head copies of the residual among them: on a large model, name what you need.
+            return_type: "logits", "loss" (mean next-token cross-entropy in nats), "both", or None, which runs no
+                further than the last kept site needs.
+            stop_at_layer: run only the blocks before this one and return the residual stream entering it.
+            attention_mask: [b, p], 1 at real tokens; made for you when the input is text.
+            remove_batch_dim: drop the batch axis of the kept activations; the batch must be 1.
+            pos_slice: keep only these positions of every site that has them (an int keeps its axis, of length 1).
+                Sliced on the device, before anything leaves it.
+
+        Returns:
+            (what `return_type` asks for, `ActivationCache`).
+        """
+        keep = names_filter if names_filter is not None else "**"
+        options = remove_batch_dim, _as_tuple(pos_slice)
+        return self._run(input, keep, (), return_type, stop_at_layer, attention_mask, *options)
+
+    def run_with_hooks(
+        self,
+        input: Input,
+        fwd_hooks: Hooks = (),
+        *,
+        names_filter: Capture | None = None,
+        return_type: ReturnType = "logits",
+        stop_at_layer: int | None = None,
+        attention_mask: Any = None,
+        remove_batch_dim: bool = False,
+        pos_slice: int | slice | None = None,
+    ) -> Any:
+        """Run the model with edits.
+
+        Args:
+            input: text, texts, or token ids.
+            fwd_hooks: (name, edit) pairs; the name may be a glob, a list or a predicate, and `edit(value, hook)`
+                returns the new value. Pairs on one site run in the order given. A plain function is compiled in, by
+                identity: pass values that change as leaves of a `jax.tree_util.Partial` or `flax.struct.dataclass`.
+            names_filter: sites to keep from the edited run.
+
+        The other arguments are those of `run_with_cache`.
+
+        Returns:
+            What `return_type` asks for; with `names_filter`, (that, `ActivationCache`).
+        """
+        options = remove_batch_dim, _as_tuple(pos_slice)
+        keep = () if names_filter is None else names_filter
+        out, cache = self._run(input, keep, fwd_hooks, return_type, stop_at_layer, attention_mask, *options)
+        return out if names_filter is None else (out, cache)
+
+    def to_tokens(
+        self, input: str | Sequence[str], prepend_bos: bool = True, padding_side: Literal["left", "right"] = "right"
+    ) -> jax.Array:
+        """Token ids [b, p] int32 of one text or several, padded to one length. Each row has one BOS, never two."""
+        return self._tokenize(input, prepend_bos, padding_side)[0]
+
+    def to_string(self, tokens: Any) -> str | list[str]:
+        """The text of ids [p], or the texts of ids [b, p]; special tokens are spelled out."""
+        ids = np.asarray(tokens)
+        decode = self._need_tokenizer().decode
+        return decode(ids.reshape(-1).tolist()) if ids.ndim < 2 else [decode(row.tolist()) for row in ids]
+
+    def to_str_tokens(self, input: Input, prepend_bos: bool = True) -> list[str] | list[list[str]]:
+        """Each token of a text (or of ids [p]) as a string; a list of lists for several texts (or ids [b, p])."""
+        if isinstance(input, str):
+            return self._spell(self._ids(input, prepend_bos))
+        if len(input) and isinstance(input[0], str):
+            return [self._spell(self._ids(str(text), prepend_bos)) for text in input]
+        ids = np.asarray(input)
+        return self._spell(ids) if ids.ndim == 1 else [self._spell(row) for row in ids]
+
+    def to_single_token(self, string: str) -> int:
+        """The id of a text that is exactly one token.
+
+        Raises:
+            ValueError: it is none, or more than one.
+        """
+        ids = self._ids(string, prepend_bos=False)
+        if len(ids) != 1:
+            raise ValueError(f"{string!r} is {len(ids)} tokens, {self._spell(ids)}; a single one was asked for")
+        return ids[0]
+
+    @property
+    def W_E(self) -> jax.Array:
+        """[V, d] embedding as stored: the model multiplies its rows by sqrt(d)."""
+        return self.params["embed"]["weight"]
+
+    @property
+    def W_U(self) -> jax.Array:
+        """[d, V] unembedding; the transposed embedding where they are tied."""
+        return self.W_E.T if self.config.tie_word_embeddings else self.params["unembed"]["weight"]
+
+    @property
+    def W_Q(self) -> jax.Array:
+        """[L, h, d, e], stacked over layers afresh at each access, as are all below."""
+        return self._stacked("attn", "q")
+
+    @property
+    def W_K(self) -> jax.Array:
+        """[L, g, d, e]: one per key/value head."""
+        return self._stacked("attn", "k")
+
+    @property
+    def W_V(self) -> jax.Array:
+        """[L, g, d, e]: one per key/value head."""
+        return self._stacked("attn", "v")
+
+    @property
+    def W_O(self) -> jax.Array:
+        """[L, h, e, d]."""
+        return self._stacked("attn", "o")
+
+    @property
+    def W_gate(self) -> jax.Array:
+        """[L, d, f]."""
+        return self._stacked("mlp", "gate")
+
+    @property
+    def W_in(self) -> jax.Array:
+        """[L, d, f]: the up projection."""
+        return self._stacked("mlp", "in")
+
+    @property
+    def W_out(self) -> jax.Array:
+        """[L, f, d]."""
+        return self._stacked("mlp", "out")
+
+    def _run(
+        self, input, keep, hooks, return_type, stop_at_layer, attention_mask, remove_batch_dim=False, pos_slice=None
+    ) -> tuple[Any, ActivationCache]:
+        tokens, mask = self._encode(input)
+        mask = mask if attention_mask is None else jnp.asarray(attention_mask)
+        if mask is not None and mask.ndim == 1:
+            mask = mask[None]
+        if remove_batch_dim and tokens.shape[0] != 1:
+            raise ValueError(f"remove_batch_dim needs a batch of 1; this one has {tokens.shape[0]} rows")
+        return _compiled(
+            self.config,
+            self.params,
+            tokens,
+            _edits(self.config, hooks, stop_at_layer),
+            mask,
+            capture=captured_names(self.config, keep, stop_at_layer),
+            return_type=return_type,
+            stop_at_layer=stop_at_layer,
+            remove_batch_dim=remove_batch_dim,
+            pos_slice=pos_slice,
+        )
+
+    def _encode(self, input: Input) -> tuple[jax.Array, jax.Array | None]:
+        """Token ids [b, p], and the mask of a padded batch of texts."""
+        if isinstance(input, str) or (len(input) and isinstance(input[0], str)):
+            return self._tokenize(input, prepend_bos=True, padding_side="right")  # type: ignore[arg-type]
+        try:
+            ids = np.asarray(input)
+        except ValueError:
+            ids = np.empty(0)
+        if ids.ndim not in (1, 2) or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(
+                "the input must be text, texts, or integer token ids [p] or [b, p] with at least one token"
+            )
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            bad = ids.min() if ids.min() < 0 else ids.max()
+            raise ValueError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}")
+        return jnp.asarray(np.atleast_2d(ids), jnp.int32), None
+
+    def _tokenize(
+        self, input: str | Sequence[str], prepend_bos: bool, padding_side: str
+    ) -> tuple[jax.Array, jax.Array | None]:
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side is {padding_side!r}; it takes 'left' and 'right'")
+        rows = [self._ids(text, prepend_bos) for text in ([input] if isinstance(input, str) else input)]
+        if not rows or not all(rows):
+            raise ValueError("there is a text without tokens; give at least one, or prepend_bos")
+        length = max(map(len, rows))
+        pad = self.config.pad_token_id or 0
+
+        def padded(row: list[int], fill: int) -> list[int]:
+            padding = [fill] * (length - len(row))
+            return padding + row if padding_side == "left" else row + padding
+
+        tokens = jnp.asarray([padded(row, pad) for row in rows], jnp.int32)
+        if all(len(row) == length for row in rows):
+            return tokens, None
+        return tokens, jnp.asarray([padded([1] * len(row), 0) for row in rows], jnp.int32)
+
+    def _ids(self, text: str, prepend_bos: bool) -> list[int]:
+        ids = list(self._need_tokenizer()(text, add_special_tokens=False)["input_ids"])
+        bos = self.config.bos_token_id
+        return [bos, *ids] if prepend_bos and bos is not None and ids[:1] != [bos] else ids
+
+    def _spell(self, ids: Any) -> list[str]:
+        return [self._need_tokenizer().decode([int(i)]) for i in ids]
+
+    def _need_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise ValueError(
+                "this model has no tokenizer; pass token ids, or give it one: HookedGemma3(..., tokenizer)"
+            )
+        return self.tokenizer
+
+    def _stacked(self, part: str, name: str) -> jax.Array:
+        layers = range(self.config.num_hidden_layers)
+        return jnp.stack([self.params[f"blocks_{i}"][part][name]["weight"] for i in layers])
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "capture", "return_type", "stop_at_layer", "remove_batch_dim", "pos_slice")
+)
+def _compiled(
+    config, params, tokens, edits, attention_mask, *, capture, return_type, stop_at_layer, remove_batch_dim, pos_slice
+):
+    """`forward` under jit, shared by all models: what is captured, and which sites are edited, is part of its key."""
+    out, cache = forward(
+        config,
+        params,
+        tokens,
+        capture,
+        edits,
+        attention_mask,
+        stop_at_layer=stop_at_layer,
+        return_type=return_type,
+    )
+    values = {name: _cut(name, value, pos_slice, remove_batch_dim) for name, value in cache.items()}
+    return out, ActivationCache(config, values)
+
+
+def _cut(name: str, value: jax.Array, pos_slice: tuple | None, remove_batch_dim: bool) -> jax.Array:
+    axes = site(name).axes.split()
+    if pos_slice is not None:
+        # hook_rot_k has its positions on the key axis
+        axis = axes.index("p" if "p" in axes else "k")
+        value = value[(slice(None),) * axis + (slice(*pos_slice),)]
+    return value[0] if remove_batch_dim else value
+
+
+def _as_tuple(pos_slice: int | slice | None) -> tuple[int | None, int | None, int | None] | None:
+    """A slice as a hashable (start, stop, step); an int as the slice of length 1 there."""
+    if isinstance(pos_slice, slice):
+        return pos_slice.start, pos_slice.stop, pos_slice.step
+    return None if pos_slice is None else (pos_slice, pos_slice + 1 or None, None)
+
+
+def _edits(config: Gemma3Config, hooks: Hooks, stop_at_layer: int | None) -> dict[str, list[Edit]]:
+    """The pairs by canonical name, in their order, each edit a pytree that can cross into a jitted function."""
+    edits: dict[str, list[Edit]] = {}
+    for wanted, edit in hooks:
+        if jax.tree_util.all_leaves([edit]):
+            edit = jax.tree_util.Partial(edit)
+        for name, placed in place(config, wanted, edit, stop_at_layer):
+            edits.setdefault(name, []).append(placed)
+    return edits
+
+
+def _load_tokenizer(directory: Path) -> Any:
+    if not any((directory / name).exists() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer  # takes a second to import, and only text needs it
+
+    return AutoTokenizer.from_pretrained(directory)

@@ -1,0 +1,122 @@
+"""Hooks by interception: how a value inside the model gets a name, is captured and is edited.
+
+Every Linen module of the model is a component with two sites, `hook_in` (its first argument) and `hook_out` (its
+result). A value that is no module's argument or result passes through a `HookPoint`, whose path is its site.
+`flax.linen.intercept_methods` sees all of them; nothing is registered on a module and nothing has to be reset.
+
+An interceptor acts while a function is traced. Enter it inside the function that is jitted, as `forward` does: one
+that is set around an already jitted function is ignored, silently.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import einops
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+CAPTURES = "captures"  # the Linen collection that holds captured values while the model runs
+
+
+class HookPoint(nn.Module):
+    """Gives a value a name: returns its argument, and adds no parameter and no operation."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x
+
+
+@flax.struct.dataclass
+class Hook:
+    """What an edit is told about the place where it runs.
+
+    Attributes:
+        name: canonical site name, such as "blocks.5.hook_out" (static).
+        layer: block index, or None outside the blocks (static).
+        positions: [b, p] int32, the absolute position of every token.
+    """
+
+    name: str = flax.struct.field(pytree_node=False)
+    layer: int | None = flax.struct.field(pytree_node=False)
+    positions: jax.Array
+
+
+Edit = Callable[[jax.Array, Hook], jax.Array]
+
+
+@flax.struct.dataclass
+class InLayout:
+    """An edit that sees its value in another layout: `layout` is the einops pattern from ours to that one."""
+
+    edit: Any
+    layout: str = flax.struct.field(pytree_node=False)
+
+    def __call__(self, value: jax.Array, hook: Hook) -> jax.Array:
+        edited = apply_edit(self.edit, einops.rearrange(value, self.layout), hook)
+        ours, theirs = self.layout.split(" -> ")
+        axes = ours.removeprefix("... ").split()
+        sizes = dict(zip(axes, value.shape[-len(axes) :], strict=True))
+        return einops.rearrange(edited, f"{theirs} -> {ours}", **sizes)
+
+
+def apply_edit(edit: Edit, value: jax.Array, hook: Hook) -> jax.Array:
+    """Run one edit; its result must have the site's shape, and is cast to the site's dtype."""
+    edited = edit(value, hook)
+    if edited is None:
+        raise TypeError(f"the edit at {hook.name} returned None; it must return the value, changed or not")
+    edited = jnp.asarray(edited)
+    if edited.shape != value.shape:
+        raise ValueError(f"the edit at {hook.name} returned shape {edited.shape}; the site holds {value.shape}")
+    return edited.astype(value.dtype)
+
+
+def site_of(module: nn.Module, *names: str) -> str:
+    """The canonical name of `module`, or of a site below it: blocks_3/attn -> "blocks.3.attn"."""
+    return ".".join((*module.path, *names)).replace("blocks_", "blocks.")
+
+
+def interceptor(
+    capture: frozenset[str], edits: Mapping[str, Sequence[Edit]], positions: jax.Array
+) -> Callable[..., Any]:
+    """Build the interceptor that edits, then captures, the sites that are named; all other calls pass through.
+
+    Args:
+        capture: canonical names of the sites to keep; their values go to the collection `CAPTURES`.
+        edits: for each canonical name the edits to apply, in order.
+        positions: [b, p] int32, handed to the edits.
+    """
+
+    def visit(module: nn.Module, hook: str, site: str, value: Any) -> Any:
+        for edit in edits.get(site, ()):
+            value = apply_edit(edit, value, Hook(site, _layer(module), positions))
+        if site in capture:
+            module.sow(CAPTURES, hook, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+        return value
+
+    def intercept(next_fun, args, kwargs, context):
+        module = context.module
+        if context.method_name != "__call__" or not module.path:
+            return next_fun(*args, **kwargs)
+        if isinstance(module, HookPoint):
+            return visit(module, "value", site_of(module), next_fun(*args, **kwargs))
+        first = visit(module, "hook_in", site_of(module, "hook_in"), args[0])
+        return visit(module, "hook_out", site_of(module, "hook_out"), next_fun(first, *args[1:], **kwargs))
+
+    return intercept
+
+
+def captured(variables: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The captured values by canonical name, from the variables that `apply(..., mutable=[CAPTURES])` returned."""
+    leaves = jax.tree_util.tree_leaves_with_path(variables.get(CAPTURES, {}))
+    return {_name([key.key for key in path]): value for path, value in leaves}
+
+
+def _name(path: Sequence[str]) -> str:
+    return ".".join(path).removesuffix(".value").replace("blocks_", "blocks.")
+
+
+def _layer(module: nn.Module) -> int | None:
+    root = module.path[0]
+    return int(root.removeprefix("blocks_")) if root.startswith("blocks_") else None

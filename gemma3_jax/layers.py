@@ -1,0 +1,171 @@
+"""The small parts: matmul precision, norm, projections, embedding, unembedding, rotary embedding.
+
+Axes: b batch, p position, d hidden_size, h query heads, g key/value heads, n either of them, e head_dim,
+f intermediate_size, V vocabulary.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from gemma3_jax.config import Rope
+from gemma3_jax.hooks import HookPoint
+
+_INIT = nn.initializers.normal(0.02)
+
+
+def matmul(pattern: str, x: jax.Array, w: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+    """Einsum of two operands, accumulated in float32 and cast once, to `dtype` or to the dtype of `x`.
+
+    Float32 operands are multiplied in float32 on every platform (a GPU or TPU would take TF32 or bfloat16 passes),
+    unless `jax.default_matmul_precision` asks for something else.
+    """
+    asked_for = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined] # missing in jax's stubs
+    precision = None if asked_for else jax.lax.Precision.HIGHEST
+    out = jnp.einsum(pattern, x, w, precision=precision, preferred_element_type=jnp.float32)
+    return out.astype(x.dtype if dtype is None else dtype)
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis, in float32, cast to the dtype of `x` once.
+
+    `weight` [d] float32 holds Hugging Face's `1 + w` (`Gemma3RMSNorm`): rounded to bfloat16 it would be wrong.
+    """
+
+    dim: int
+    eps: float
+
+    def setup(self):
+        self.weight = self.param("weight", nn.initializers.ones, (self.dim,), jnp.float32)
+        self.hook_scale = HookPoint()
+        self.hook_normalized = HookPoint()
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.hook_scale(self.scale(x))
+        normalized = self.hook_normalized(x.astype(jnp.float32) / scale)
+        return (normalized * self.weight).astype(x.dtype)
+
+    def scale(self, x: jax.Array) -> jax.Array:
+        """[..., 1] float32, the root mean square by which `x` [..., d] is divided."""
+        mean_square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
+        return jnp.sqrt(mean_square + self.eps)
+
+    def unhooked(self, x: jax.Array) -> jax.Array:
+        """The same norm of another value, in float32 and through no hook."""
+        return x.astype(jnp.float32) / self.scale(x) * self.weight
+
+
+class Linear(nn.Module):
+    """[b, p, in] @ weight [in, out]."""
+
+    shape: tuple[int, int]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = self.param("weight", _INIT, self.shape)
+        return matmul("bpi,io->bpo", x, weight)
+
+
+class HeadsIn(nn.Module):
+    """q, k or v: [b, p, d], or one input per head [b, p, n, d], to [b, p, n, e], by weight [n, d, e].
+
+    An input with more heads than the weight has (`hook_attn_in` under grouped heads) shares each weight within
+    its group.
+    """
+
+    shape: tuple[int, int, int]
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = self.param("weight", _INIT, self.shape)
+        bias = self.param("bias", nn.initializers.zeros, self.shape[::2]) if self.use_bias else None
+        if x.ndim == 3:
+            # [b, p, d] x [n, d, e] -> [b, p, n, e]
+            out = matmul("bpd,nde->bpne", x, weight)
+        else:
+            repeats = x.shape[2] // self.shape[0]
+            # [b, p, n, d] x [n, d, e] -> [b, p, n, e]
+            out = matmul("bpnd,nde->bpne", x, jnp.repeat(weight, repeats, axis=0))
+            bias = None if bias is None else jnp.repeat(bias, repeats, axis=0)
+        return out if bias is None else out + bias
+
+
+class HeadsOut(nn.Module):
+    """o: [b, p, h, e] to [b, p, d], by weight [h, e, d]; through `hook_result` [b, p, h, d] when it is given."""
+
+    shape: tuple[int, int, int]
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, z: jax.Array, hook_result: HookPoint | None = None) -> jax.Array:
+        weight = self.param("weight", _INIT, self.shape)
+        if hook_result is None:
+            # [b, p, h, e] x [h, e, d] -> [b, p, d]
+            out = matmul("bphe,hed->bpd", z, weight)
+        else:
+            # [b, p, h, e] x [h, e, d] -> [b, p, h, d]
+            result = hook_result(matmul("bphe,hed->bphd", z, weight))
+            out = jnp.sum(result, axis=2, dtype=jnp.float32).astype(z.dtype)
+        return out + self.param("bias", nn.initializers.zeros, self.shape[2:]) if self.use_bias else out
+
+
+class Embed(nn.Module):
+    """Token ids [b, p] to [b, p, d]: the row of weight [V, d], times sqrt(d) rounded to the weight's dtype.
+
+    Floating-point input [b, p, d] is an embedding already (`inputs_embeds`) and is returned as it is. An id
+    outside the vocabulary gives NaN, not its neighbour's row.
+    """
+
+    shape: tuple[int, int]
+
+    def setup(self):
+        self.weight = self.param("weight", _INIT, self.shape)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        if jnp.issubdtype(tokens.dtype, jnp.floating):
+            return tokens.astype(self.weight.dtype)
+        factor = jnp.asarray(self.shape[1] ** 0.5, self.weight.dtype)
+        # [V, d] at [b, p] -> [b, p, d]
+        return jnp.take(self.weight, tokens, axis=0, mode="fill") * factor
+
+
+class Unembed(nn.Module):
+    """[b, p, d] to logits [b, p, V] in float32, by weight [d, V], or by the embedding [V, d] when that is given."""
+
+    shape: tuple[int, int]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, embedding: jax.Array | None = None) -> jax.Array:
+        if embedding is not None:
+            # [b, p, d] x [V, d] -> [b, p, V]
+            return matmul("bpd,vd->bpv", x, embedding, jnp.float32)
+        # [b, p, d] x [d, V] -> [b, p, V]
+        return matmul("bpd,dv->bpv", x, self.param("weight", _INIT, self.shape), jnp.float32)
+
+
+def rope_tables(rope: Rope, positions: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, each [b, p, e] float32, of the rotary embedding at `positions` [b, p].
+
+    Source: RoFormer (arXiv 2104.09864); `Gemma3RotaryEmbedding`, whose frequencies are reproduced bit for bit where
+    the power rounds correctly: a last-bit difference grows with the position.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    powers = np.power(rope.theta, exponents.astype(np.float64)).astype(np.float32)
+    frequencies = np.float32(1) / powers / np.float32(rope.factor)
+    # [b, p, 1] x [e / 2] -> [b, p, e / 2]
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    # [b, p, e]
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate x [b, p, n, e] by the tables [b, p, e], pairing feature i with i + e/2, in float32, cast back once."""
+    x32 = x.astype(jnp.float32)
+    first, second = jnp.split(x32, 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    # [b, p, n, e] * [b, p, 1, e]
+    return (x32 * cos[:, :, None] + turned * sin[:, :, None]).astype(x.dtype)

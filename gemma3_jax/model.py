@@ -1,0 +1,154 @@
+"""Gemma 3 as Linen modules that carry the names of TransformerLens' adapter.
+
+Axes: b batch, p position, d hidden_size, f intermediate_size, h query heads, g key/value heads, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gemma3_jax.attention import Attention, visible
+from gemma3_jax.config import Gemma3Config
+from gemma3_jax.hooks import HookPoint, site_of
+from gemma3_jax.layers import Embed, Linear, RMSNorm, Unembed, rope_tables
+
+
+class GatedMLP(nn.Module):
+    """`out(gelu_tanh(gate(x)) * in(x))` (`Gemma3MLP`)."""
+
+    config: Gemma3Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        d, f = self.config.hidden_size, self.config.intermediate_size
+        # [b, p, d] -> [b, p, f]
+        gate = Linear((d, f), name="gate")(x)
+        up = Linear((d, f), name="in")(x)
+        # [b, p, f] -> [b, p, d]
+        return Linear((f, d), name="out")(jax.nn.gelu(gate, approximate=True) * up)
+
+
+class Block(nn.Module):
+    """One decoder layer (`Gemma3DecoderLayer`): attention and MLP, each between two norms, added to the residual."""
+
+    config: Gemma3Config
+    watched: frozenset[str]
+    edited: frozenset[str]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, tables: tuple[jax.Array, jax.Array], seen: jax.Array) -> jax.Array:
+        c = self.config
+        ln1 = RMSNorm(c.hidden_size, c.rms_norm_eps, name="ln1")
+        normed = ln1(x)
+        split = self._split_inputs(x, normed, ln1)
+        attn_out = Attention(c, self.watched, name="attn")(normed, tables, seen, split)
+        x = x + RMSNorm(c.hidden_size, c.rms_norm_eps, name="ln1_post")(attn_out)
+        x = HookPoint(name="hook_resid_mid")(x)
+        mlp_out = GatedMLP(c, name="mlp")(RMSNorm(c.hidden_size, c.rms_norm_eps, name="ln2")(x))
+        return x + RMSNorm(c.hidden_size, c.rms_norm_eps, name="ln2_post")(mlp_out)
+
+    def _split_inputs(
+        self, x: jax.Array, normed: jax.Array, ln1: RMSNorm
+    ) -> tuple[jax.Array, jax.Array, jax.Array] | None:
+        """Copies of the residual for every head of q, k and v, normed: what hook_attn_in and hook_{q,k,v}_input edit.
+
+        None when nobody edits them, which leaves attention its one shared input. When hook_attn_in is edited, each
+        query head has keys and values of its own, so k and v take h copies in place of g.
+        """
+        hooks = {name: site_of(self, name) for name in ("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input")}
+        if not self.watched.intersection(hooks.values()):
+            return None
+        h, g = self.config.num_attention_heads, self.config.num_key_value_heads
+        shared = _copies(x, h)
+        if hooks["hook_attn_in"] in self.watched:
+            shared = HookPoint(name="hook_attn_in")(shared)
+        own_keys = hooks["hook_attn_in"] in self.edited
+
+        def head_inputs(name: str, n: int) -> jax.Array:
+            # [b, p, n, d]
+            copies = shared if own_keys else _copies(x, n)
+            if hooks[name] in self.watched:
+                copies = HookPoint(name=name)(copies)
+            # [b, p, 1, d] + [b, p, n, d]: an edit of ln1 reaches every copy, an edit of a copy only that copy
+            change = ln1.unhooked(copies) - ln1.unhooked(x)[:, :, None]
+            return (normed[:, :, None].astype(jnp.float32) + change).astype(normed.dtype)
+
+        split = head_inputs("hook_q_input", h), head_inputs("hook_k_input", g), head_inputs("hook_v_input", g)
+        return split if self.edited.intersection(hooks.values()) else None
+
+
+def _copies(x: jax.Array, n: int) -> jax.Array:
+    # [b, p, d] -> [b, p, n, d]
+    return jnp.broadcast_to(x[:, :, None], (*x.shape[:2], n, x.shape[2]))
+
+
+class Gemma3(nn.Module):
+    """Tokens to logits. `Gemma3(config).apply({"params": params}, tokens)` is all that it needs.
+
+    Attributes:
+        config: the model's shape.
+        watched: canonical names of sites that an interceptor captures or edits, for those that are computed only
+            when somebody looks (`hook_attn_scores`, `hook_pattern`, `hook_result`, `hook_attn_in`,
+            `hook_{q,k,v}_input`).
+        edited: those of them that are edited.
+    """
+
+    config: Gemma3Config
+    watched: frozenset[str] = frozenset()
+    edited: frozenset[str] = frozenset()
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array | None = None,
+        *,
+        attention_mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        inputs_embeds: jax.Array | None = None,
+        stop_at_layer: int | None = None,
+    ) -> jax.Array:
+        """Run the model.
+
+        Args:
+            tokens: [b, p] integer token ids.
+            attention_mask: [b, p], 1 at real tokens and 0 at padding, on either side.
+            positions: [b, p] integer positions for the rotary embedding; by default `default_positions`.
+            inputs_embeds: [b, p, d] floating-point embeddings in place of `tokens`, scaled already.
+            stop_at_layer: run only the blocks before this one.
+
+        Returns:
+            Logits [b, p, V] float32; with `stop_at_layer`, the residual stream [b, p, d] entering that layer.
+        """
+        c = self.config
+        embed = Embed((c.vocab_size, c.hidden_size), name="embed")
+        # [b, p] -> [b, p, d]
+        source = tokens if inputs_embeds is None else inputs_embeds
+        if source is None:
+            raise ValueError("give tokens or inputs_embeds")
+        x = embed(source)
+        length = x.shape[1]
+        if positions is None:
+            positions = default_positions(x.shape[:2], attention_mask)
+        kinds = sorted(set(c.layer_types))
+        tables = {kind: rope_tables(c.rope(kind), positions, c.head_dim) for kind in kinds}
+        seen = {kind: visible(c, kind, length, attention_mask) for kind in kinds}
+        for i, kind in enumerate(c.layer_types[:stop_at_layer]):
+            x = Block(c, self.watched, self.edited, name=f"blocks_{i}")(x, tables[kind], seen[kind])
+        if stop_at_layer is not None:
+            return x
+        x = RMSNorm(c.hidden_size, c.rms_norm_eps, name="ln_final")(x)
+        unembed = Unembed((c.hidden_size, c.vocab_size), name="unembed")
+        # [b, p, d] -> [b, p, V]
+        logits = unembed(x, embed.weight) if c.tie_word_embeddings else unembed(x)
+        cap = c.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def default_positions(shape: Sequence[int], attention_mask: jax.Array | None) -> jax.Array:
+    """[b, p] int32: 0, 1, 2, ... over the real tokens of each row, so that padding shifts nothing."""
+    b, p = shape
+    if attention_mask is None:
+        return jnp.broadcast_to(jnp.arange(p, dtype=jnp.int32), (b, p))
+    return jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=-1) - 1, 0)

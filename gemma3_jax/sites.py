@@ -1,0 +1,376 @@
+"""The table of hook sites: every name a value inside the model has, its shape, and what an edit there reaches.
+
+A site has a canonical name and may have two more: the one that TransformerLens users write, and the path of the
+Hugging Face module (with `.input` or `.output`) that nnsight users and published sparse autoencoders write. All
+three resolve here, and nowhere else.
+
+Axes: b batch, p (query) position, k key position, h query heads, g key/value heads, e head_dim, d hidden_size,
+f intermediate_size, V vocabulary.
+"""
+
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Callable, Iterable
+
+from gemma3_jax.config import Gemma3Config
+
+# From our layout of values with a head axis to the two that Hugging Face's modules have.
+_FLAT = "... n e -> ... (n e)"
+_HEADS_FIRST = "... p n e -> ... n p e"
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One row of the table; `{i}` in a name stands for the block's index.
+
+    Attributes:
+        name: canonical name.
+        axes: one letter per axis, or "1".
+        dtype: "activation" for the model's dtype, else the dtype itself.
+        holds: what the value is.
+        reaches: what an edit there changes.
+        legacy: TransformerLens' name, if it has another.
+        hf: path of Hugging Face's module and `.input` or `.output`, if a module boundary of its own has the value.
+        hf_layout: einops pattern from our layout to the one that Hugging Face has there, if they differ.
+    """
+
+    name: str
+    axes: str
+    dtype: str
+    holds: str
+    reaches: str
+    legacy: str | None = None
+    hf: str | None = None
+    hf_layout: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """What a name resolves to: the canonical name, and the layout in which that name has its value."""
+
+    name: str
+    layout: str | None = None
+
+
+class UnknownSite(KeyError, ValueError):
+    """A name that no site has; the message lists the nearest ones."""
+
+    __str__ = Exception.__str__
+
+
+def _norm(name: str, hf: str, axes: str, of: str, reaches: str, *, legacy_in=None, legacy_out=None, layout=None):
+    scale_axes = f"{axes[:-1]}1"
+    return [
+        Site(f"{name}.hook_in", axes, "activation", of, reaches, legacy_in, f"{hf}.input", layout),
+        Site(f"{name}.hook_scale", scale_axes, "float32", "sqrt(mean(x^2) + eps)", "the norm's output"),
+        Site(f"{name}.hook_normalized", axes, "float32", "x / scale, before the weight", "the norm's output"),
+        Site(
+            f"{name}.hook_out",
+            axes,
+            "activation",
+            "after the weight, cast back",
+            reaches,
+            legacy_out,
+            f"{hf}.output",
+            layout,
+        ),
+    ]
+
+
+def _site(name, axes, holds, reaches, *, legacy=None, hf=None, layout=None, dtype="activation"):
+    return Site(name, axes, dtype, holds, reaches, legacy, hf, layout)
+
+
+def _projection(name: str, heads: str, hf: str) -> list[Site]:
+    b = "blocks.{i}.attn"
+    own = "the layer's queries" if name == "q" else f"the layer's {'keys' if name == 'k' else 'values'}"
+    what = "before its norm and RoPE" if name != "v" else "values"
+    return [
+        _site(f"{b}.{name}.hook_in", "b p d", "= attn.hook_in", own, hf=f"{hf}.input"),
+        _site(
+            f"{b}.{name}.hook_out",
+            f"b p {heads} e",
+            f"{name} projection, {what}",
+            own,
+            legacy=f"{b}.hook_{name}",
+            hf=f"{hf}.output",
+            layout=_FLAT,
+        ),
+    ]
+
+
+def _attention() -> list[Site]:
+    b, hf = "blocks.{i}.attn", "model.layers.{i}.self_attn"
+    z = "the layer's attention output"
+    return [
+        _site(f"{b}.hook_in", "b p d", "ln1's output", "q, k and v", hf=f"{hf}.input"),
+        *_projection("q", "h", f"{hf}.q_proj"),
+        *_projection("k", "g", f"{hf}.k_proj"),
+        *_projection("v", "g", f"{hf}.v_proj"),
+        *_norm(
+            f"{b}.q_norm",
+            f"{hf}.q_norm",
+            "b p h e",
+            "= q.hook_out",
+            "the layer's queries",
+            legacy_out=f"{b}.hook_q_normed",
+            layout=_HEADS_FIRST,
+        ),
+        *_norm(
+            f"{b}.k_norm",
+            f"{hf}.k_norm",
+            "b p g e",
+            "= k.hook_out",
+            "the layer's keys",
+            legacy_out=f"{b}.hook_k_normed",
+            layout=_HEADS_FIRST,
+        ),
+        _site(f"{b}.hook_cos", "b p e", "RoPE cosines of this layer", "the layer's q and k", dtype="float32"),
+        _site(f"{b}.hook_sin", "b p e", "RoPE sines of this layer", "the layer's q and k", dtype="float32"),
+        _site(f"{b}.hook_rot_q", "b p h e", "q after its norm and RoPE", "the layer's scores"),
+        _site(f"{b}.hook_rot_k", "b k g e", "k after its norm and RoPE", "the layer's scores"),
+        _site(f"{b}.hook_attn_scores", "b h p k", "scaled and masked, before softmax", z, dtype="float32"),
+        _site(f"{b}.hook_pattern", "b h p k", "softmax of the scores", z, dtype="float32"),
+        _site(
+            f"{b}.o.hook_in",
+            "b p h e",
+            "pattern @ v, before W_O (Gemma Scope 2 attn_out reads this)",
+            z,
+            legacy=f"{b}.hook_z",
+            hf=f"{hf}.o_proj.input",
+            layout=_FLAT,
+        ),
+        _site(f"{b}.hook_result", "b p h d", "z W_O of each head, before ln1_post", z),
+        _site(f"{b}.o.hook_out", "b p d", "sum of the heads' results, before ln1_post", z, hf=f"{hf}.o_proj.output"),
+        _site(f"{b}.hook_out", "b p d", "= attn.o.hook_out", z, hf=f"{hf}.output"),
+    ]
+
+
+def _mlp() -> list[Site]:
+    b, hf = "blocks.{i}.mlp", "model.layers.{i}.mlp"
+    out = "the layer's MLP output"
+    gate, up, down = f"{hf}.gate_proj", f"{hf}.up_proj", f"{hf}.down_proj"
+    return [
+        _site(f"{b}.hook_in", "b p d", "ln2's output (Gemma Scope 2 transcoders read this)", out, hf=f"{hf}.input"),
+        _site(f"{b}.gate.hook_in", "b p d", "= mlp.hook_in", "the gate", hf=f"{gate}.input"),
+        _site(
+            f"{b}.gate.hook_out",
+            "b p f",
+            "gate projection",
+            "the gate",
+            legacy=f"{b}.hook_pre",
+            hf=f"{gate}.output",
+        ),
+        _site(f"{b}.in.hook_in", "b p d", "= mlp.hook_in", "the up projection", hf=f"{up}.input"),
+        _site(
+            f"{b}.in.hook_out",
+            "b p f",
+            "up projection",
+            "the up projection",
+            legacy=f"{b}.hook_pre_linear",
+            hf=f"{up}.output",
+        ),
+        _site(
+            f"{b}.out.hook_in",
+            "b p f",
+            "gelu(gate) * up: the neurons",
+            out,
+            legacy=f"{b}.hook_post",
+            hf=f"{down}.input",
+        ),
+        _site(f"{b}.out.hook_out", "b p d", "MLP output, before ln2_post", out, hf=f"{down}.output"),
+        _site(f"{b}.hook_out", "b p d", "= mlp.out.hook_out", out, hf=f"{hf}.output"),
+    ]
+
+
+def _block() -> list[Site]:
+    b, hf = "blocks.{i}", "model.layers.{i}"
+    one = "the attention of that head"
+    return [
+        _site(
+            f"{b}.hook_in",
+            "b p d",
+            "residual stream entering the block",
+            "skip and attention",
+            legacy=f"{b}.hook_resid_pre",
+            hf=f"{hf}.input",
+        ),
+        _site(f"{b}.hook_attn_in", "b p h d", "residual copied per query head, before ln1", one),
+        _site(f"{b}.hook_q_input", "b p h d", "residual copied per query head, before ln1", "that head's queries"),
+        _site(f"{b}.hook_k_input", "b p g d", "residual copied per key head, before ln1", "that head's keys"),
+        _site(f"{b}.hook_v_input", "b p g d", "residual copied per value head, before ln1", "that head's values"),
+        *_norm(f"{b}.ln1", f"{hf}.input_layernorm", "b p d", "= hook_resid_pre", "attention only"),
+        *_attention(),
+        *_norm(
+            f"{b}.ln1_post",
+            f"{hf}.post_attention_layernorm",
+            "b p d",
+            "= attn.hook_out",
+            "the residual stream from hook_resid_mid on",
+            legacy_out=f"{b}.hook_attn_out",
+        ),
+        _site(f"{b}.hook_resid_mid", "b p d", "resid_pre + attn_out", "skip and MLP"),
+        *_norm(
+            f"{b}.ln2",
+            f"{hf}.pre_feedforward_layernorm",
+            "b p d",
+            "= hook_resid_mid",
+            "MLP only",
+            legacy_in=f"{b}.hook_mlp_in",
+        ),
+        *_mlp(),
+        *_norm(
+            f"{b}.ln2_post",
+            f"{hf}.post_feedforward_layernorm",
+            "b p d",
+            "= mlp.hook_out",
+            "the residual stream from hook_out on",
+            legacy_out=f"{b}.hook_mlp_out",
+        ),
+        _site(
+            f"{b}.hook_out",
+            "b p d",
+            "residual stream leaving the block",
+            "everything after",
+            legacy=f"{b}.hook_resid_post",
+            hf=f"{hf}.output",
+        ),
+    ]
+
+
+# Every site, in the order in which the model computes them; rows with {i} stand for one site per block.
+SITES: tuple[Site, ...] = (
+    _site("embed.hook_in", "b p", "token ids", "everything", hf="model.embed_tokens.input", dtype="int32"),
+    _site(
+        "embed.hook_out",
+        "b p d",
+        "embedding after the sqrt(d) factor",
+        "everything",
+        legacy="hook_embed",
+        hf="model.embed_tokens.output",
+    ),
+    *_block(),
+    *_norm("ln_final", "model.norm", "b p d", "residual stream after the last block", "logits"),
+    _site("unembed.hook_in", "b p d", "= ln_final.hook_out", "logits", hf="lm_head.input"),
+    _site(
+        "unembed.hook_out",
+        "b p V",
+        "logits, before final_logit_softcapping",
+        "logits",
+        legacy="hook_unembed",
+        hf="lm_head.output",
+        dtype="float32",
+    ),
+)
+
+
+def site_names(config: Gemma3Config) -> tuple[str, ...]:
+    """The canonical names of every site of that model, in the order in which it computes them."""
+    return tuple(_table(config.num_hidden_layers))
+
+
+def site(name: str) -> Site:
+    """The table's row for a canonical name, `blocks.5.hook_out` or `blocks.{i}.hook_out`."""
+    return _rows()[re.sub(r"^blocks\.\d+", "blocks.{i}", name)]
+
+
+def layer_of(name: str) -> int | None:
+    """The block index in a canonical name, or None outside the blocks."""
+    found = re.match(r"blocks\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def resolve(name: str, config: Gemma3Config) -> Match:
+    """The site that `name` (canonical, legacy or Hugging Face path) means.
+
+    Raises:
+        UnknownSite: no site has that name; the message lists the nearest names.
+    """
+    known = _aliases(config.num_hidden_layers)
+    found = known.get(_one_prefix(name))
+    if found is None:
+        nearest = difflib.get_close_matches(_one_prefix(name), known, n=3, cutoff=0.5)
+        hint = f"the nearest names are {', '.join(nearest)}" if nearest else "`gemma3-jax sites` lists them all"
+        raise UnknownSite(f"no site is named {name!r} in this model of {config.num_hidden_layers} layers; {hint}")
+    return found
+
+
+def select(wanted: str | Iterable[str] | Callable[[str], bool], config: Gemma3Config) -> tuple[Match, ...]:
+    """All sites that the names, globs or predicate select, each once, in the model's order.
+
+    In a glob `*` and `?` stay within one dot-separated part, `**` crosses parts: `blocks.*.hook_out` is the residual
+    stream of every block, `blocks.3.**` all of block 3. A predicate is asked about every site's canonical and
+    legacy name. A site that is selected by a Hugging Face path alone keeps that path's layout.
+
+    Raises:
+        UnknownSite: a name or a glob that matches nothing.
+    """
+    if isinstance(wanted, str):
+        wanted = (wanted,)
+    if callable(wanted):
+        known = _aliases(config.num_hidden_layers)
+        chosen = [m for name, m in known.items() if not name.startswith(("model.", "lm_head.")) and wanted(name)]
+    else:
+        chosen = [match for name in wanted for match in _expand(name, config)]
+    order = {name: i for i, name in enumerate(site_names(config))}
+    # A match without a layout comes last, so that it wins over the same site under its Hugging Face path.
+    by_name = {match.name: match for match in sorted(chosen, key=lambda match: match.layout is None)}
+    return tuple(sorted(by_name.values(), key=lambda match: order[match.name]))
+
+
+def is_glob(name: str) -> bool:
+    """Whether `name` stands for several sites."""
+    return bool(set(name) & set("*?"))
+
+
+def _expand(name: str, config: Gemma3Config) -> list[Match]:
+    if not is_glob(name):
+        return [resolve(name, config)]
+    pattern = re.compile(_glob_to_regex(_one_prefix(name)))
+    found = [match for known, match in _aliases(config.num_hidden_layers).items() if pattern.fullmatch(known)]
+    if not found:
+        raise UnknownSite(f"no site matches {name!r}: `*` stays within one dot-separated part, `**` crosses parts")
+    return found
+
+
+def _glob_to_regex(glob: str) -> str:
+    parts = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
+    return "".join(parts.get(piece) or re.escape(piece) for piece in re.split(r"(\*\*|\*|\?)", glob))
+
+
+def _one_prefix(name: str) -> str:
+    """Bring a Hugging Face path of any model class under the one prefix of the table."""
+    name = re.sub(r"^(model\.language_model\.|language_model\.model\.)", "model.", name)
+    name = re.sub(r"^(language_model\.)?lm_head\.", "lm_head.", name)
+    return re.sub(r"^(layers\.|embed_tokens\.|norm\.)", r"model.\1", name)
+
+
+@functools.cache
+def _rows() -> dict[str, Site]:
+    return {row.name: row for row in SITES}
+
+
+@functools.cache
+def _table(n_layers: int) -> dict[str, Site]:
+    """Every site by canonical name, in the model's order."""
+    first = next(i for i, row in enumerate(SITES) if "{i}" in row.name)
+    per_block = [row for row in SITES if "{i}" in row.name]
+    head, tail = SITES[:first], SITES[first + len(per_block) :]
+    blocks = {row.name.replace("{i}", str(i)): row for i in range(n_layers) for row in per_block}
+    return {**{row.name: row for row in head}, **blocks, **{row.name: row for row in tail}}
+
+
+@functools.cache
+def _aliases(n_layers: int) -> dict[str, Match]:
+    """Every name of every site."""
+    known = {}
+    for name, row in _table(n_layers).items():
+        index = str(layer_of(name))
+        known[name] = Match(name)
+        if row.legacy:
+            known[row.legacy.replace("{i}", index)] = Match(name)
+        if row.hf:
+            known[row.hf.replace("{i}", index)] = Match(name, row.hf_layout)
+    return known
