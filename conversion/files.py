@@ -148,6 +148,15 @@ def writing(directory: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+def load_tokenizer(directory: Path) -> Any:
+    """The Hugging Face tokenizer of a checkpoint, or None where it has none."""
+    if not any((directory / name).exists() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer  # takes a second to import, and only text needs it
+
+    return AutoTokenizer.from_pretrained(directory)
+
+
 def copy_tokenizer(tokenizer: Any, directory: Path) -> None:
     """Put a tokenizer into `directory`: the files of another directory, or an object's `save_pretrained`."""
     if hasattr(tokenizer, "save_pretrained"):

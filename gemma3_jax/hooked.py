@@ -6,7 +6,6 @@ One of the two rooms that see both the model and `conversion` (`from_pretrained`
 import functools
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -14,8 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-import conversion
-from conversion.files import TOKENIZER_FILES, locate
 from gemma3_jax.cache import ActivationCache
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.forward import Capture, ReturnType, captured_names, forward, place
@@ -60,9 +57,13 @@ class HookedGemma3:
             dtype: "float32", "bfloat16", "float16", or None for what is stored.
             revision: branch, tag or commit on the hub.
         """
+        # Here and not above: conversion imports gemma3_jax.config, and may be the first of the two to be imported.
+        from conversion import convert_checkpoint
+        from conversion.files import load_tokenizer, locate
+
         directory = locate(source, revision)
-        config, params = conversion.convert_checkpoint(directory, dtype)
-        return cls(config, params, _load_tokenizer(directory))
+        config, params = convert_checkpoint(directory, dtype)
+        return cls(config, params, load_tokenizer(directory))
 
     def __call__(
         self,
@@ -340,11 +341,3 @@ def _edits(config: Gemma3Config, hooks: Hooks, stop_at_layer: int | None) -> dic
         for name, placed in place(config, wanted, edit, stop_at_layer):
             edits.setdefault(name, []).append(placed)
     return edits
-
-
-def _load_tokenizer(directory: Path) -> Any:
-    if not any((directory / name).exists() for name in TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer  # takes a second to import, and only text needs it
-
-    return AutoTokenizer.from_pretrained(directory)
