@@ -123,11 +123,11 @@ def export_checkpoint(
     Raises:
         CheckpointError: parameters that do not fit the config, or a directory that holds something already.
     """
-    flat = _checked_params(config, params)
+    flat = check_params(config, params)
     table = {_exported_name(entry): entry for entry in entries(config)}
     norm_dtype = flat["embed.weight"].dtype
     dtypes = {
-        key: _dtype(dtype) or (norm_dtype if isinstance(entry.step, AddOne) else flat[entry.ours].dtype)
+        key: parameter_dtype(dtype) or (norm_dtype if isinstance(entry.step, AddOne) else flat[entry.ours].dtype)
         for key, entry in table.items()
     }
     shards = huggingface_hub.split_state_dict_into_shards_factory(
@@ -152,10 +152,50 @@ def export_checkpoint(
             index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
             files.write_json(target / files.INDEX, index)
         files.write_json(
-            target / "config.json", {**config.to_hf(), "dtype": str(norm_dtype if dtype is None else _dtype(dtype))}
+            target / "config.json",
+            {**config.to_hf(), "dtype": str(norm_dtype if dtype is None else parameter_dtype(dtype))},
         )
         if tokenizer is not None:
             files.copy_tokenizer(tokenizer, target)
+
+
+def check_params(config: Gemma3Config, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a parameter pytree by adapter key, once they are those that the config calls for.
+
+    Raises:
+        CheckpointError: a parameter is missing, unknown, or of another shape.
+    """
+    flat = flax.traverse_util.flatten_dict(params)
+    wanted = {entry.path: entry for entry in entries(config)}
+    missing, extra = sorted(set(wanted) - set(flat)), sorted(set(flat) - set(wanted))
+    if missing:
+        raise CheckpointError(f"the parameters lack {_listed(['/'.join(path) for path in missing])}")
+    if extra:
+        raise CheckpointError(
+            f"the parameters have {_listed(['/'.join(path) for path in extra])}, unknown to the config"
+        )
+    for path, entry in wanted.items():
+        shape = jax.eval_shape(entry.step.convert, jax.ShapeDtypeStruct(entry.hf_shape, jnp.float32)).shape
+        if flat[path].shape != shape:
+            raise CheckpointError(f"{'/'.join(path)} has shape {list(flat[path].shape)}; the config has {list(shape)}")
+    return {entry.ours: flat[path] for path, entry in wanted.items()}
+
+
+def parameter_dtype(dtype: DTypeLike | None) -> np.dtype | None:
+    """The numpy dtype that a `dtype` argument means, or None.
+
+    Raises:
+        CheckpointError: it is none that parameters can have.
+    """
+    if dtype is None:
+        return None
+    try:
+        wanted = jnp.dtype(dtype)
+    except TypeError:
+        wanted = None
+    if wanted is None or wanted.name not in _DTYPES:
+        raise CheckpointError(f"dtype is {dtype!r}; parameters take {_known_dtypes()}")
+    return wanted
 
 
 def _convert(
@@ -167,7 +207,7 @@ def _convert(
     whole: str,
 ) -> Params:
     """Check every key and shape, then convert tensor by tensor."""
-    target = _dtype(dtype)
+    target = parameter_dtype(dtype)
     plan = _plan(config, shapes, file_of, whole)
     if config.tie_word_embeddings:
         _check_tied(shapes, plan, read, whole)
@@ -222,24 +262,6 @@ def _check_tied(
         )
 
 
-def _checked_params(config: Gemma3Config, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves by adapter key, once they are those of the config."""
-    flat = flax.traverse_util.flatten_dict(params)
-    wanted = {entry.path: entry for entry in entries(config)}
-    missing, extra = sorted(set(wanted) - set(flat)), sorted(set(flat) - set(wanted))
-    if missing:
-        raise CheckpointError(f"the parameters lack {_listed(['/'.join(path) for path in missing])}")
-    if extra:
-        raise CheckpointError(
-            f"the parameters have {_listed(['/'.join(path) for path in extra])}, unknown to the config"
-        )
-    for path, entry in wanted.items():
-        shape = jax.eval_shape(entry.step.convert, jax.ShapeDtypeStruct(entry.hf_shape, jnp.float32)).shape
-        if flat[path].shape != shape:
-            raise CheckpointError(f"{'/'.join(path)} has shape {list(flat[path].shape)}; the config has {list(shape)}")
-    return {entry.ours: flat[path] for path, entry in wanted.items()}
-
-
 def _exported_name(entry: Entry) -> str:
     return entry.hf if entry.hf == "lm_head.weight" else f"model.{entry.hf}"
 
@@ -250,18 +272,6 @@ def _to_numpy(tensor: Any) -> np.ndarray:
     # numpy has no bfloat16 of its own, which torch's .numpy() would need; DLPack hands it over.
     shared = jax.dlpack.from_dlpack(tensor.detach().cpu().contiguous())
     return np.array(shared, copy=True)
-
-
-def _dtype(dtype: DTypeLike | None) -> np.dtype | None:
-    if dtype is None:
-        return None
-    try:
-        wanted = jnp.dtype(dtype)
-    except TypeError:
-        wanted = None
-    if wanted is None or wanted.name not in _DTYPES:
-        raise CheckpointError(f"dtype is {dtype!r}; parameters take {_known_dtypes()}")
-    return wanted
 
 
 def _known_dtypes() -> str:

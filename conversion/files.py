@@ -148,9 +148,14 @@ def writing(directory: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory holds tokenizer files."""
+    return any((directory / name).exists() for name in TOKENIZER_FILES)
+
+
 def load_tokenizer(directory: Path) -> Any:
     """The Hugging Face tokenizer of a checkpoint, or None where it has none."""
-    if not any((directory / name).exists() for name in TOKENIZER_FILES):
+    if not has_tokenizer(directory):
         return None
     from transformers import AutoTokenizer  # takes a second to import, and only text needs it
 

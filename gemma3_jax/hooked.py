@@ -53,16 +53,19 @@ class HookedGemma3:
         """Convert a checkpoint (see `conversion.convert_checkpoint`) and load its tokenizer where it has one.
 
         Args:
-            source: directory or hub id.
+            source: directory or hub id; a directory that `gemma3-jax convert` wrote is read as it is.
             dtype: "float32", "bfloat16", "float16", or None for what is stored.
             revision: branch, tag or commit on the hub.
         """
         # Here and not above: conversion imports gemma3_jax.config, and may be the first of the two to be imported.
-        from conversion import convert_checkpoint
+        from conversion import convert_checkpoint, load_params
         from conversion.files import load_tokenizer, locate
+        from conversion.store import is_converted
 
         directory = locate(source, revision)
-        config, params = convert_checkpoint(directory, dtype)
+        config, params = (
+            load_params(directory, dtype) if is_converted(directory) else convert_checkpoint(directory, dtype)
+        )
         return cls(config, params, load_tokenizer(directory))
 
     def __call__(

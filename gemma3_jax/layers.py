@@ -28,6 +28,15 @@ def matmul(pattern: str, x: jax.Array, w: jax.Array, dtype: DTypeLike | None = N
     return out.astype(x.dtype if dtype is None else dtype)
 
 
+def per_head_matmul(pattern: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """`matmul` where every head has a product of its own, cast to the dtype of `x`.
+
+    XLA:CPU (jax 0.10 and 0.11) fails on such a batch of bfloat16 products with a float32 result when the head is not
+    the leading axis. Float32 operands hold the same values, and so give the same result.
+    """
+    return matmul(pattern, x.astype(jnp.float32), w.astype(jnp.float32)).astype(x.dtype)
+
+
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight` over the last axis, in float32, cast to the dtype of `x` once.
 
@@ -88,7 +97,7 @@ class HeadsIn(nn.Module):
         else:
             repeats = x.shape[2] // self.shape[0]
             # [b, p, n, d] x [n, d, e] -> [b, p, n, e]
-            out = matmul("bpnd,nde->bpne", x, jnp.repeat(weight, repeats, axis=0))
+            out = per_head_matmul("bpnd,nde->bpne", x, jnp.repeat(weight, repeats, axis=0))
             bias = None if bias is None else jnp.repeat(bias, repeats, axis=0)
         return out if bias is None else out + bias
 
@@ -107,7 +116,7 @@ class HeadsOut(nn.Module):
             out = matmul("bphe,hed->bpd", z, weight)
         else:
             # [b, p, h, e] x [h, e, d] -> [b, p, h, d]
-            result = hook_result(matmul("bphe,hed->bphd", z, weight))
+            result = hook_result(per_head_matmul("bphe,hed->bphd", z, weight))
             out = jnp.sum(result, axis=2, dtype=jnp.float32).astype(z.dtype)
         return out + self.param("bias", nn.initializers.zeros, self.shape[2:]) if self.use_bias else out
 

@@ -1,0 +1,184 @@
+"""The `gemma3-jax` command: thin, every line of it calls the library."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import gemma3_jax
+from gemma3_jax.sites import SITES
+
+app = typer.Typer(
+    help="Gemma 3 in JAX, open at every site.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+
+Source = Annotated[str, typer.Argument(help="Checkpoint directory or hub id. Default: the model that is shipped.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: as stored.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+
+
+@app.callback()
+def options(traceback: Annotated[bool, typer.Option(help="Show where an error came from.")] = False) -> None:
+    """Gemma 3 in JAX, open at every site."""
+
+
+@app.command()
+def demo(picture: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("induction.png")) -> None:
+    """Convert the shipped model, check it against Hugging Face, and find its induction heads."""
+    from gemma3_jax import demo as steps
+
+    start = time.perf_counter()
+    model = gemma3_jax.HookedGemma3.from_pretrained(gemma3_jax.TINY)
+    console.print(f"Converted {gemma3_jax.TINY.name} in {time.perf_counter() - start:.1f} s: {_size(model.params)}.")
+    _demo_parity()
+
+    tokens = steps.repeated_tokens(model, rows=16, half=24)
+    first, repeated = steps.half_losses(model, tokens)
+    console.print(
+        f"Loss on random syllables: [b]{first:.2f}[/b] nats; on their repetition: [b]{repeated:.2f}[/b]. It copies."
+    )
+    scores = steps.induction_scores(model, tokens)
+    ranked = sorted(np.ndindex(scores.shape), key=lambda at: -scores[at])[:4]
+    table = Table("layer", "head", "reach", "attention to what followed the last time", title="Induction heads")
+    for layer, head in ranked:
+        reach = "local" if model.config.layer_types[layer] == "sliding_attention" else "global"
+        table.add_row(str(layer), str(head), reach, f"{scores[layer, head]:.2f}")
+    console.print(table)
+    steps.draw_heads(model, steps.repeated_tokens(model, rows=1, half=12), ranked[:2], picture)
+    console.print(f"Their attention patterns: {picture}")
+
+
+@app.command()
+def convert(source: str, output: Path, dtype: Dtype = None, revision: Revision = None) -> None:
+    """Convert a Hugging Face checkpoint to parameters of the port, in OUTPUT."""
+    from conversion import convert_checkpoint, save_params
+    from conversion.files import has_tokenizer, locate
+
+    directory = locate(source, revision)
+    config, params = convert_checkpoint(directory, dtype)
+    save_params(config, params, output, tokenizer=directory if has_tokenizer(directory) else None)
+    console.print(f"{output}: {_size(params)}.")
+
+
+@app.command()
+def export(source: Path, output: Path, dtype: Dtype = None) -> None:
+    """Write what `convert` wrote as a Hugging Face checkpoint, in OUTPUT."""
+    from conversion import export_checkpoint, load_params
+    from conversion.files import has_tokenizer
+
+    config, params = load_params(source)
+    export_checkpoint(config, params, output, dtype, tokenizer=source if has_tokenizer(source) else None)
+    console.print(f"{output}: {_size(params)}.")
+
+
+@app.command()
+def parity(
+    source: Source = str(gemma3_jax.TINY),
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 64,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there too.")] = None,
+    revision: Revision = None,
+) -> None:
+    """Compare a checkpoint with Hugging Face, site by site. Exit code 1 if any row fails."""
+    report = _parity_module().parity(source, dtype, tokens, revision)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
+    table = Table("site", "worst layer", "max abs", "relative", "bar", "cosine", "", title=escape(report.source))
+    for row in report.rows:
+        layer = "" if row.layer is None else str(row.layer)
+        verdict = "pass" if row.passed else "[red]FAIL[/red]"
+        numbers = f"{row.max_abs:.1e}", f"{row.relative:.1e}", f"{row.bar:.1e}", f"{row.cosine:.7f}"
+        table.add_row(row.kind, layer, *numbers, verdict)
+    console.print(table)
+    failed = sum(not row.passed for row in report.rows)
+    console.print(
+        f"{report.dtype}, {report.tokens} tokens, {report.platform}: {failed} of {len(report.rows)} rows fail."
+    )
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def sites(markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table.")] = False) -> None:
+    """List every hook site: its names, its shape, what it holds and what an edit there reaches."""
+    header = ["site", "legacy name", "Hugging Face", "shape", "dtype", "holds", "an edit reaches"]
+    rows = [[s.name, s.legacy or "", s.hf or "", s.axes, s.dtype, s.holds, s.reaches] for s in SITES]
+    if markdown:
+        cells = [header, ["---"] * len(header), *rows]
+        print("\n".join("| " + " | ".join(row) + " |" for row in cells))
+        return
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+@app.command()
+def info(source: Source = str(gemma3_jax.TINY), revision: Revision = None) -> None:
+    """Describe a checkpoint from its config and file headers; no weights are read."""
+    from conversion.files import locate, read_config, read_headers
+
+    directory = locate(source, revision)
+    config = read_config(directory)
+    stored = read_headers(directory)
+    kinds = ", ".join(f"{config.layer_types.count(k)} {k}" for k in sorted(set(config.layer_types)))
+    table = Table("", "", title=escape(str(source)), show_header=False)
+    for name, value in config.to_hf().items():
+        table.add_row(name, kinds if name == "layer_types" else escape(json.dumps(value)))
+    table.add_row("stored tensors", str(len(stored)))
+    table.add_row("stored dtypes", ", ".join(sorted({tensor.dtype for tensor in stored.values()})))
+    table.add_row("files", ", ".join(sorted({tensor.file.name for tensor in stored.values()})))
+    console.print(table)
+
+
+def main() -> None:
+    """Run the command; an error is one line and exit code 1, unless `--traceback` asks for more."""
+    try:
+        app()
+    except Exception as error:
+        if "--traceback" in sys.argv:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _parity_module() -> Any:
+    try:
+        from conversion import parity
+    except ImportError as error:
+        raise ImportError(f"parity runs torch ({error}): pip install 'gemma3-jax[parity]'") from error
+    return parity
+
+
+def _demo_parity() -> None:
+    try:
+        module = _parity_module()
+    except ImportError as error:
+        console.print(f"Not compared with Hugging Face: {escape(str(error))}")
+        return
+    report = module.parity(gemma3_jax.TINY)
+    worst = max(report.rows, key=lambda row: row.relative)
+    verdict = "equal to Hugging Face" if report.passed else "[red]NOT equal to Hugging Face[/red]"
+    console.print(
+        f"{len(report.rows)} kinds of sites and gradients: [b]{verdict}[/b]; "
+        f"the largest relative error is {worst.relative:.1e}, at {worst.kind}."
+    )
+
+
+def _size(params: Any) -> str:
+    import jax
+
+    leaves = jax.tree.leaves(params)
+    count, size = sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves)
+    return f"{count:,} parameters, {size / 1e6:,.1f} MB"
