@@ -1,6 +1,7 @@
 """Hugging Face checkpoints to parameter pytrees and back, one tensor at a time, without torch."""
 
 import collections
+import functools
 import logging
 import os
 import re
@@ -19,15 +20,12 @@ from tqdm.auto import tqdm
 from conversion import files
 from conversion.files import CheckpointError
 from conversion.gemma3 import Entry, entries, find_head, find_prefix, is_vision
-from conversion.steps import AddOne
+from conversion.steps import AddOne, Keep, Step
 from gemma3_jax.config import Gemma3Config
 
 Params = dict[str, Any]
 
 _log = logging.getLogger(__name__)
-_DTYPES = ("float32", "bfloat16", "float16")
-# How safetensors' headers name them.
-_STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def convert_checkpoint(
@@ -65,7 +63,7 @@ def convert_checkpoint(
     config = files.read_config(directory)
     stored = files.read_headers(directory)
     for key, tensor in stored.items():
-        if tensor.dtype not in _STORED_DTYPES and not is_vision(key):
+        if tensor.dtype not in files.STORED_DTYPES and not is_vision(key):
             raise CheckpointError(f"{tensor.file}: {key} has dtype {tensor.dtype}; this port reads {_known_dtypes()}")
     shapes = {key: tensor.shape for key, tensor in stored.items()}
 
@@ -88,11 +86,13 @@ def convert_state_dict(state_dict: Mapping[str, Any], config: Gemma3Config, dtyp
     """
     shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
 
-    def read(key: str) -> np.ndarray:
-        tensor = _to_numpy(state_dict[key])
-        if tensor.dtype.name not in _DTYPES:
+    for key, tensor in state_dict.items():
+        # str: torch.float32 or float32
+        if str(tensor.dtype).removeprefix("torch.") not in files.DTYPES and not is_vision(key):
             raise CheckpointError(f"{key} has dtype {tensor.dtype}; this port reads {_known_dtypes()}")
-        return tensor
+
+    def read(key: str) -> np.ndarray:
+        return _to_numpy(state_dict[key])
 
     return _convert(config, shapes, read, dtype, lambda key: "the state dict", "the state dict")
 
@@ -176,8 +176,12 @@ def check_params(config: Gemma3Config, params: Mapping[str, Any]) -> dict[str, A
         )
     for path, entry in wanted.items():
         shape = jax.eval_shape(entry.step.convert, jax.ShapeDtypeStruct(entry.hf_shape, jnp.float32)).shape
-        if flat[path].shape != shape:
-            raise CheckpointError(f"{'/'.join(path)} has shape {list(flat[path].shape)}; the config has {list(shape)}")
+        name, leaf = "/".join(path), flat[path]
+        if getattr(leaf, "shape", None) != shape:
+            found = list(leaf.shape) if hasattr(leaf, "shape") else type(leaf).__name__
+            raise CheckpointError(f"{name} has shape {found}; the config calls for {list(shape)}")
+        if jnp.dtype(leaf.dtype).name not in files.DTYPES:
+            raise CheckpointError(f"{name} has dtype {leaf.dtype}; parameters take {_known_dtypes()}")
     return {entry.ours: flat[path] for path, entry in wanted.items()}
 
 
@@ -193,7 +197,7 @@ def parameter_dtype(dtype: DTypeLike | None) -> np.dtype | None:
         wanted = jnp.dtype(dtype)
     except TypeError:
         wanted = None
-    if wanted is None or wanted.name not in _DTYPES:
+    if wanted is None or wanted.name not in files.DTYPES:
         raise CheckpointError(f"dtype is {dtype!r}; parameters take {_known_dtypes()}")
     return wanted
 
@@ -213,10 +217,23 @@ def _convert(
         _check_tied(shapes, plan, read, whole)
     flat = {}
     for entry, key in tqdm(plan.items(), desc="convert", unit=" tensors", disable=None):
-        converted = entry.step.convert(read(key))
         wanted = None if isinstance(entry.step, AddOne) else target
-        flat[entry.path] = jnp.asarray(np.ascontiguousarray(converted), dtype=wanted)
+        tensor = jax.device_put(read(key), may_alias=True)
+        # One tensor at a time: JAX would run ahead, and hold many.
+        flat[entry.path] = jax.block_until_ready(_on_device(tensor, entry.step, wanted))
     return flax.traverse_util.unflatten_dict(flat)
+
+
+@functools.partial(jax.jit, static_argnames=("step", "dtype"))
+def _transformed(tensor: jax.Array, step: Step, dtype: np.dtype | None) -> jax.Array:
+    converted = jnp.asarray(step.convert(tensor))
+    return converted if dtype is None else converted.astype(dtype)
+
+
+def _on_device(tensor: jax.Array, step: Step, dtype: np.dtype | None) -> jax.Array:
+    if isinstance(step, Keep) and dtype in (None, tensor.dtype):
+        return tensor  # jit would copy it
+    return _transformed(tensor, step, dtype)
 
 
 def _plan(
@@ -256,10 +273,14 @@ def _check_tied(
     """A tied checkpoint may repeat the embedding as its head; a head of its own would be lost, silently."""
     head = find_head(shapes)
     embedding = next(key for entry, key in plan.items() if entry.ours == "embed.weight")
-    if head is not None and not np.array_equal(read(head), read(embedding)):
+    if head is not None and not _equal_bits(read(head), read(embedding)):
         raise CheckpointError(
             f"{whole}: {head} differs from {embedding}, but its config has tie_word_embeddings; set that to false"
         )
+
+
+def _equal_bits(a: np.ndarray, b: np.ndarray, rows: int = 4096) -> bool:
+    return all(a[i : i + rows].tobytes() == b[i : i + rows].tobytes() for i in range(0, len(a), rows))
 
 
 def _exported_name(entry: Entry) -> str:
@@ -275,7 +296,7 @@ def _to_numpy(tensor: Any) -> np.ndarray:
 
 
 def _known_dtypes() -> str:
-    return ", ".join(_DTYPES)
+    return ", ".join(files.DTYPES)
 
 
 def _listed(names: list[str], most: int = 5) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import secrets
 import shutil
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -27,6 +29,14 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 _HUB_FILES = ("*.safetensors", INDEX, "config.json", *TOKENIZER_FILES)
+
+
+# The dtypes of parameters, and how safetensors' headers name them.
+DTYPES = ("float32", "bfloat16", "float16")
+_NUMPY_DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16"), "F16": jnp.dtype("float16")}
+STORED_DTYPES = tuple(_NUMPY_DTYPES)
+# How much of a tensor is read at a time, in bytes.
+_PIECE = 64 * 2**20
 
 
 class CheckpointError(ValueError):
@@ -93,15 +103,16 @@ def read_headers(directory: Path) -> dict[str, Stored]:
             that does not match its files.
     """
     index = directory / INDEX
-    if not index.exists():
-        if not (directory / SINGLE).exists():
-            raise CheckpointError(
-                f"{directory} has neither {SINGLE} nor {INDEX}; write the model with transformers' save_pretrained"
-            )
+    if (directory / SINGLE).exists():
         return _read_header(directory / SINGLE)
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, Mapping):
-        raise CheckpointError(f"{index} has no weight_map")
+    if not index.exists():
+        raise CheckpointError(
+            f"{directory} has neither {SINGLE} nor {INDEX}; write the model with transformers' save_pretrained"
+        )
+    contents = _read_json(index)
+    weight_map = contents.get("weight_map") if isinstance(contents, Mapping) else None
+    if not isinstance(weight_map, Mapping) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map from keys to file names")
     found: dict[str, Stored] = {}
     for name in sorted(set(weight_map.values())):
         file = directory / name
@@ -118,12 +129,29 @@ def read_headers(directory: Path) -> dict[str, Stored]:
 
 
 def read_tensor(key: str, stored: Stored) -> np.ndarray:
-    """One tensor as a fresh numpy array (bfloat16 through `ml_dtypes`). The file is not kept open, nor mapped."""
+    """One tensor as a fresh numpy array (bfloat16 through `ml_dtypes`), aligned so that JAX can take it as it is.
+
+    Read in pieces, the file opened anew for each: it is mapped, and mapped pages that were touched count as memory.
+    """
+    dtype = _NUMPY_DTYPES[stored.dtype]
+    tensor = _aligned_empty(stored.shape, dtype)
+    row = dtype.itemsize * math.prod(stored.shape[1:])
+    step = max(1, _PIECE // max(row, 1))
     try:
-        with safe_open(stored.file, "numpy") as file:
-            return file.get_tensor(key)
+        for start in range(0, stored.shape[0] if stored.shape else 0, step):
+            with safe_open(stored.file, "numpy") as file:
+                stop = min(start + step, stored.shape[0])
+                tensor[start:stop] = file.get_slice(key)[start:stop]
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{stored.file}: {key} cannot be read: {error}") from error
+    return tensor
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype, boundary: int = 64) -> np.ndarray:
+    size = dtype.itemsize * math.prod(shape)
+    buffer = np.empty(size + boundary, np.uint8)
+    start = -buffer.ctypes.data % boundary
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 @contextlib.contextmanager

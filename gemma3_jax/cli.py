@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -20,7 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
+# A table that goes to a file or a pipe should not be cut to the width of nobody's terminal.
+console = Console(width=None if sys.stdout.isatty() else 130)
 
 Source = Annotated[str, typer.Argument(help="Checkpoint directory or hub id. Default: the model that is shipped.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: as stored.")]
@@ -94,6 +96,7 @@ def parity(
     if json_file is not None:
         json_file.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
     table = Table("site", "worst layer", "max abs", "relative", "bar", "cosine", "", title=escape(report.source))
+    table.columns[0].no_wrap = True
     for row in report.rows:
         layer = "" if row.layer is None else str(row.layer)
         verdict = "pass" if row.passed else "[red]FAIL[/red]"
@@ -117,9 +120,12 @@ def sites(markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdo
         cells = [header, ["---"] * len(header), *rows]
         print("\n".join("| " + " | ".join(row) + " |" for row in cells))
         return
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*map(escape, row))
+    table = Table("names: canonical, legacy, Hugging Face", "shape, dtype", "holds", "an edit reaches", show_lines=True)
+    table.columns[0].no_wrap = True
+    table.columns[0].overflow = "fold"
+    for name, legacy, hf, axes, dtype, holds, reaches in rows:
+        names = "\n".join(filter(None, (f"[b]{name}[/b]", legacy, hf)))
+        table.add_row(names, f"{axes}\n{dtype}", holds, reaches)
     console.print(table)
 
 
@@ -158,6 +164,9 @@ def _parity_module() -> Any:
         from conversion import parity
     except ImportError as error:
         raise ImportError(f"parity runs torch ({error}): pip install 'gemma3-jax[parity]'") from error
+    import transformers
+
+    transformers.logging.disable_progress_bar()
     return parity
 
 

@@ -1,6 +1,7 @@
 """The shape and constants of one Gemma 3 text model, read from and written to Hugging Face configs."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -28,7 +29,7 @@ _HF_DEFAULTS = {
     "eos_token_id": 1,
     "bos_token_id": 2,
 }
-_POSITIVE = (
+_POSITIVE_INTEGERS = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -37,10 +38,11 @@ _POSITIVE = (
     "num_key_value_heads",
     "head_dim",
     "sliding_window",
-    "query_pre_attn_scalar",
     "max_position_embeddings",
-    "rms_norm_eps",
 )
+_POSITIVE_NUMBERS = ("query_pre_attn_scalar", "rms_norm_eps", "final_logit_softcapping")
+_SPECIAL_TOKENS = ("pad_token_id", "eos_token_id", "bos_token_id")
+_FLAGS = ("attention_bias", "use_bidirectional_attention", "tie_word_embeddings")
 _MODEL_TYPES = ("gemma3_text", "gemma3")
 _ACTIVATION = "gelu_pytorch_tanh"
 
@@ -97,9 +99,10 @@ class Gemma3Config:
     bos_token_id: int | None = 2
 
     def __post_init__(self):
-        if not self.layer_types:
-            object.__setattr__(self, "layer_types", _pattern(self.num_hidden_layers, every=6))
-        _check(self)
+        _check_values(self)
+        types = tuple(self.layer_types) or _pattern(self.num_hidden_layers, every=6)
+        object.__setattr__(self, "layer_types", types)
+        _check_layers(self)
 
     def rope(self, layer_type: LayerType) -> Rope:
         """The rotary embedding that layers of `layer_type` use."""
@@ -123,25 +126,26 @@ class Gemma3Config:
         Raises:
             ConfigError: naming the field whose value the port cannot honour.
         """
-        raw = config if isinstance(config, Mapping) else config.to_dict()
+        raw = _mapping(
+            config if isinstance(config, Mapping) or not hasattr(config, "to_dict") else config.to_dict(), ""
+        )
         _check_model_type(raw)
         if "text_config" in raw:
-            tied = {k: raw[k] for k in ("tie_word_embeddings",) if k in raw}
-            # The multimodal class ties by its own, outer field.
-            raw = {**raw["text_config"], **tied}
+            # The multimodal class ties by its own, outer field, and may name the special tokens there.
+            outer = {name: raw[name] for name in _SPECIAL_TOKENS if raw.get(name) is not None}
+            outer["tie_word_embeddings"] = raw.get("tie_word_embeddings", True)
+            raw = {**_mapping(raw["text_config"], "text_config"), **outer}
             _check_model_type(raw)
         activation = raw.get("hidden_activation") or raw.get("hidden_act") or _ACTIVATION
         if activation != _ACTIVATION:
             raise ConfigError(f"hidden_activation is {activation!r}; Gemma 3 in this port has {_ACTIVATION!r} only")
         fields = {name: raw.get(name, default) for name, default in _HF_DEFAULTS.items()}
-        for name in ("use_bidirectional_attention", "attention_bias"):
-            if fields[name] not in (None, True, False):
-                raise ConfigError(f"{name} is {fields[name]!r}; it must be true or false")
-            fields[name] = bool(fields[name])
+        # Hugging Face takes None for false here.
+        fields |= {name: False for name in _FLAGS if fields[name] is None}
         if isinstance(fields["eos_token_id"], list):
             fields["eos_token_id"] = tuple(fields["eos_token_id"])
         full, sliding = _ropes(raw)
-        return cls(**fields, layer_types=_layer_types(raw, fields), rope_full=full, rope_sliding=sliding)
+        return cls(**fields, layer_types=_layer_types(raw), rope_full=full, rope_sliding=sliding)
 
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` of a `Gemma3ForCausalLM` with this shape; `from_hf` reads it back to an equal config."""
@@ -163,27 +167,59 @@ def _pattern(n_layers: int, every: int) -> tuple[LayerType, ...]:
     return tuple("sliding_attention" if (i + 1) % every else "full_attention" for i in range(n_layers))
 
 
-def _check(config: Gemma3Config) -> None:
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise ConfigError(message)
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
 
-    for name in _POSITIVE:
+
+def _mapping(value: Any, name: str) -> Mapping[str, Any]:
+    """`value`, when it is a mapping; an absent one (None) is empty, but for the config itself."""
+    if value is None and name:
+        return {}
+    _require(isinstance(value, Mapping), f"{name or 'the config'} is {value!r}; it must be a mapping")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_values(config: Gemma3Config) -> None:
+    """Each field by itself."""
+    for name in _POSITIVE_INTEGERS:
         value = getattr(config, name)
-        require(isinstance(value, (int, float)) and value > 0, f"{name} is {value!r}; it must be a positive number")
+        good = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        _require(good, f"{name} is {value!r}; it must be a positive integer")
+    for name in _POSITIVE_NUMBERS:
+        value = getattr(config, name)
+        good = (_is_number(value) and value > 0) or (value is None and name == "final_logit_softcapping")
+        _require(good, f"{name} is {value!r}; it must be a positive number")
+    for name in _FLAGS:
+        value = getattr(config, name)
+        _require(isinstance(value, bool), f"{name} is {value!r}; it must be true or false")
+    for name in _SPECIAL_TOKENS:
+        value = getattr(config, name)
+        each = value if isinstance(value, tuple) and name == "eos_token_id" else (value,)
+        good = all(item is None or (isinstance(item, int) and not isinstance(item, bool)) for item in each)
+        _require(good, f"{name} is {value!r}; it must be a token id")
+    for name in ("rope_full", "rope_sliding"):
+        rope = getattr(config, name)
+        good = all(_is_number(value) and value > 0 for value in (rope.theta, rope.factor))
+        _require(good, f"{name} is {rope}; theta and factor must be positive numbers")
+    good = isinstance(config.layer_types, (tuple, list)) and all(isinstance(kind, str) for kind in config.layer_types)
+    _require(good, f"layer_types is {config.layer_types!r}; it must list one type for each layer")
+
+
+def _check_layers(config: Gemma3Config) -> None:
+    """How the fields fit together."""
     heads, groups = config.num_attention_heads, config.num_key_value_heads
-    require(heads % groups == 0, f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}")
-    require(config.head_dim % 2 == 0, f"head_dim is {config.head_dim}; rotary embeddings need an even one")
-    types = config.layer_types
-    require(
-        len(types) == config.num_hidden_layers,
-        f"layer_types has {len(types)} entries for num_hidden_layers {config.num_hidden_layers}",
-    )
-    unknown = sorted(set(types) - set(get_args(LayerType)))
-    require(not unknown, f"layer_types has {', '.join(unknown)}; it takes {' and '.join(get_args(LayerType))}")
-    for kind in ("rope_full", "rope_sliding"):
-        rope = getattr(config, kind)
-        require(rope.theta > 0 and rope.factor > 0, f"{kind} is {rope}; theta and factor must be positive")
+    _require(heads % groups == 0, f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}")
+    _require(config.head_dim % 2 == 0, f"head_dim is {config.head_dim}; rotary embeddings need an even one")
+    n, layers = len(config.layer_types), config.num_hidden_layers
+    _require(n == layers, f"layer_types has {n} entries for num_hidden_layers {layers}")
+    known = get_args(LayerType)
+    unknown = sorted(set(config.layer_types) - set(known))
+    _require(not unknown, f"layer_types has {', '.join(unknown)}; it takes {' and '.join(known)}")
 
 
 def _check_model_type(raw: Mapping[str, Any]) -> None:
@@ -192,43 +228,50 @@ def _check_model_type(raw: Mapping[str, Any]) -> None:
         raise ConfigError(f"model_type is {model_type!r}; this port takes {' and '.join(_MODEL_TYPES)}")
 
 
-def _layer_types(raw: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[LayerType, ...]:
-    if raw.get("layer_types") is not None:
-        return tuple(raw["layer_types"])
+def _layer_types(raw: Mapping[str, Any]) -> tuple[LayerType, ...]:
+    given = raw.get("layer_types")
+    if given is not None:
+        return tuple(given) if isinstance(given, list) else given
     every = raw.get("sliding_window_pattern", raw.get("_sliding_window_pattern", 6))
-    if not isinstance(every, int) or every < 1:
-        raise ConfigError(f"sliding_window_pattern is {every!r}; it must be a positive integer")
-    return _pattern(fields["num_hidden_layers"], every)
+    layers = raw.get("num_hidden_layers", _HF_DEFAULTS["num_hidden_layers"])
+    _require(
+        isinstance(every, int) and every > 0, f"sliding_window_pattern is {every!r}; it must be a positive integer"
+    )
+    _require(isinstance(layers, int), f"num_hidden_layers is {layers!r}; it must be a positive integer")
+    return _pattern(layers, every)
 
 
 def _ropes(raw: Mapping[str, Any]) -> tuple[Rope, Rope]:
     """The (full, sliding) rotary embeddings of either config style; where both are given they are merged as HF does."""
-    new = raw.get("rope_parameters") or {}
+    new = _mapping(raw.get("rope_parameters"), "rope_parameters")
     stray = sorted(set(new) - set(get_args(LayerType)))
-    if stray:
-        raise ConfigError(f"rope_parameters has {', '.join(stray)}; it takes one entry per layer type")
+    _require(not stray, f"rope_parameters has {', '.join(stray)}; it takes one entry per layer type")
     full = {"rope_theta": raw.get("rope_theta", 1_000_000.0)}
-    full |= {**(new.get("full_attention") or {}), **(raw.get("rope_scaling") or {})}
-    sliding = {"rope_theta": raw.get("rope_local_base_freq", 10_000.0), **(new.get("sliding_attention") or {})}
+    full |= _mapping(new.get("full_attention"), "rope_parameters of full_attention")
+    full |= _mapping(raw.get("rope_scaling"), "rope_scaling")
+    sliding = {"rope_theta": raw.get("rope_local_base_freq", 10_000.0)}
+    sliding |= _mapping(new.get("sliding_attention"), "rope_parameters of sliding_attention")
     return _rope_from_hf(full, "full_attention"), _rope_from_hf(sliding, "sliding_attention")
 
 
-def _rope_from_hf(entry: Mapping[str, Any], where: str) -> Rope:
-    entry = dict(entry)
-    theta = float(entry.pop("rope_theta"))
-    kinds = {entry.pop(key) for key in ("rope_type", "type") if entry.get(key) is not None}
-    kind = kinds.pop() if len(kinds) == 1 else "default" if not kinds else " and ".join(sorted(kinds))
-    factor = entry.pop("factor", None)
-    if entry.pop("partial_rotary_factor", None) not in (None, 1, 1.0):
-        raise ConfigError(f"partial_rotary_factor of {where} is not 1; Gemma 3 rotates the whole head")
-    if kind not in ("default", "linear"):
-        raise ConfigError(f"rope_type of {where} is {kind!r}; this port takes 'default' and 'linear'")
-    if any(value is not None for value in entry.values()):
-        raise ConfigError(f"the rope parameters of {where} have {', '.join(entry)}, which rope_type {kind!r} lacks")
-    if kind == "linear" and factor is None:
-        raise ConfigError(f"rope_type of {where} is 'linear' and its factor is missing")
-    # transformers reads `factor` for the linear type alone.
-    return Rope(theta, float(factor) if kind == "linear" else 1.0)
+def _rope_from_hf(entry: dict[str, Any], where: str) -> Rope:
+    given = {name: value for name, value in entry.items() if value is not None}
+    # "type" is what old configs call it.
+    kind = given.pop("rope_type", given.pop("type", "default"))
+    given.pop("type", None)
+    _require(kind in ("default", "linear"), f"rope_type of {where} is {kind!r}; this port takes 'default' and 'linear'")
+    partial = given.pop("partial_rotary_factor", 1.0)
+    _require(partial == 1.0, f"partial_rotary_factor of {where} is {partial!r}; Gemma 3 rotates the whole head")
+    theta, factor = given.pop("rope_theta", None), given.pop("factor", None)
+    local = where == "sliding_attention"
+    name = "rope_theta of sliding_attention (rope_local_base_freq)" if local else "rope_theta of full_attention"
+    _require(_is_number(theta), f"{name} is {theta!r}; it must be a positive number")
+    _require(not given, f"the rope parameters of {where} have {', '.join(given)}, which rope_type {kind!r} lacks")
+    if kind == "default":
+        # transformers reads `factor` for the linear type alone.
+        return Rope(float(theta))
+    _require(_is_number(factor), f"factor of {where} is {factor!r}; rope_type 'linear' needs a positive number")
+    return Rope(float(theta), float(factor))
 
 
 def _rope_to_hf(theta: float, factor: float) -> dict[str, Any]:

@@ -38,8 +38,12 @@ def hf_config(**overrides) -> transformers.Gemma3TextConfig:
 
 
 def hf_model(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides) -> transformers.Gemma3ForCausalLM:
-    """A small causal language model with every parameter random."""
-    return randomize(transformers.Gemma3ForCausalLM(hf_config(**overrides)), seed).to(dtype)
+    """A small causal language model with every parameter random, in `dtype`."""
+    model = randomize(transformers.Gemma3ForCausalLM(hf_config(**overrides)), seed)
+    for parameter in model.parameters():
+        # Not model.to(dtype), which would round the rotary frequencies too; from_pretrained does not.
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def hf_multimodal(seed: int = 0, **overrides) -> transformers.Gemma3ForConditionalGeneration:

@@ -50,25 +50,34 @@ def gradients(
     tokens: np.ndarray,
     attention_mask: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Gradients of the mean next-token loss for the chosen tensors, by adapter key, in the port's layout."""
+    """Gradients of the mean next-token loss for the chosen tensors, by adapter key, in the port's layout.
+
+    `model` is in float32, and computes them in float64: sums over positions that nearly cancel (the norms of q and
+    k) leave Hugging Face's own float32 gradients further from the truth than the bar allows.
+    """
     named = dict(model.named_parameters())
     prefix = find_prefix(named)
     leaves = [named[f"{prefix}{entry.hf}"] for entry in chosen]
     model.requires_grad_(False)
     for leaf in leaves:
         leaf.requires_grad_(True)
-    logits = _logits(model, tokens, attention_mask).float()
-    targets = torch.from_numpy(tokens)[:, 1:].flatten()
-    losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="none")
-    mask = np.ones_like(tokens) if attention_mask is None else attention_mask
-    counted = torch.from_numpy(mask[:, :-1] * mask[:, 1:]).flatten()
-    found = torch.autograd.grad((losses * counted).sum() / counted.sum(), leaves)
+    model.double()
+    try:
+        with _InFloat64():
+            logits = _logits(model, tokens, attention_mask)
+        targets = torch.from_numpy(tokens)[:, 1:].flatten()
+        losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="none")
+        mask = np.ones_like(tokens) if attention_mask is None else attention_mask
+        counted = torch.from_numpy(mask[:, :-1] * mask[:, 1:]).flatten()
+        found = torch.autograd.grad((losses * counted).sum() / counted.sum(), leaves)
+    finally:
+        model.float()
     return {entry.ours: _in_our_layout(entry, leaf.numpy()) for entry, leaf in zip(chosen, found, strict=True)}
 
 
 def _in_our_layout(entry: Entry, gradient: np.ndarray) -> np.ndarray:
     # The derivative with respect to w of f(1 + w) is f'(1 + w): the step that adds one leaves a gradient as it is.
-    return gradient if isinstance(entry.step, AddOne) else entry.step.convert(gradient)
+    return gradient if isinstance(entry.step, AddOne) else np.asarray(entry.step.convert(gradient))
 
 
 def _logits(model: transformers.PreTrainedModel, tokens: np.ndarray, mask: np.ndarray | None) -> torch.Tensor:
@@ -190,6 +199,17 @@ class _SoftmaxInputs(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.nn.functional.softmax:
             self.kept.append(args[0].detach().clone())
+        return func(*args, **(kwargs or {}))
+
+
+class _InFloat64(TorchFunctionMode):
+    """Lets a float64 model compute in float64 where Hugging Face asks for float32: in norms and softmax."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float and args[0].dtype == torch.float64:
+            return args[0]
+        if func is torch.nn.functional.softmax:
+            kwargs = {**(kwargs or {}), "dtype": torch.float64}
         return func(*args, **(kwargs or {}))
 
 
