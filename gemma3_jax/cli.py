@@ -114,19 +114,22 @@ def parity(
 @app.command()
 def sites(markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table.")] = False) -> None:
     """List every hook site: its names, its shape, what it holds and what an edit there reaches."""
-    header = ["site", "legacy name", "Hugging Face", "shape", "dtype", "holds", "an edit reaches"]
-    rows = [[s.name, s.legacy or "", s.hf or "", s.axes, s.dtype, s.holds, s.reaches] for s in SITES]
     if markdown:
-        cells = [header, ["---"] * len(header), *rows]
-        print("\n".join("| " + " | ".join(row) + " |" for row in cells))
+        print(sites_markdown(), end="")
         return
     table = Table("names: canonical, legacy, Hugging Face", "shape, dtype", "holds", "an edit reaches", show_lines=True)
     table.columns[0].no_wrap = True
-    table.columns[0].overflow = "fold"
-    for name, legacy, hf, axes, dtype, holds, reaches in rows:
-        names = "\n".join(filter(None, (f"[b]{name}[/b]", legacy, hf)))
-        table.add_row(names, f"{axes}\n{dtype}", holds, reaches)
+    for row in SITES:
+        names = "\n".join(filter(None, (f"[b]{row.name}[/b]", row.legacy, row.hf)))
+        table.add_row(names, f"{row.axes}\n{row.dtype}", row.holds, row.reaches)
     console.print(table)
+
+
+def sites_markdown() -> str:
+    """The table of sites in Markdown."""
+    header = ["site", "legacy name", "Hugging Face", "shape", "dtype", "holds", "an edit reaches"]
+    rows = [[s.name, s.legacy or "", s.hf or "", s.axes, s.dtype, s.holds, s.reaches] for s in SITES]
+    return "".join("| " + " | ".join(row) + " |\n" for row in [header, ["---"] * len(header), *rows])
 
 
 @app.command()

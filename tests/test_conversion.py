@@ -266,7 +266,11 @@ def test_converted_logits_equal_torch_and_a_dropped_step_is_seen(models, saved, 
     swapped["blocks_1"]["attn"]["q"]["weight"] = params["blocks_1"]["attn"]["q"]["weight"][::-1]
     assert error(swapped) > 1e-3
     monkeypatch.setattr(steps.AddOne, "convert", lambda self, tensor: tensor.astype(np.float32))
-    assert error(convert_checkpoint(saved["tied"])[1]) > 1e-3
+    jax.clear_caches()  # conversion compiles each step once
+    try:
+        assert error(convert_checkpoint(saved["tied"])[1]) > 1e-3
+    finally:
+        jax.clear_caches()
 
 
 # Layouts

@@ -105,5 +105,8 @@ def _errors(reference: np.ndarray, got: np.ndarray) -> tuple[float, float, float
     a, b = reference.astype(np.float64).ravel(), got.astype(np.float64).ravel()
     norm, difference = np.linalg.norm(a), np.linalg.norm(a - b)
     relative = difference / norm if norm else float(difference > 0)
-    cosine = float(a @ b) / (norm * np.linalg.norm(b)) if norm and np.linalg.norm(b) else float(not difference)
+    lengths = norm * np.linalg.norm(b)
+    cosine = float(not difference)
+    if lengths:
+        cosine = float(a @ b) / lengths if np.isfinite(lengths) else np.nan
     return float(np.max(np.abs(a - b))), float(relative), float(cosine)
