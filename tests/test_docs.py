@@ -1,4 +1,4 @@
-"""What the documentation says is true today: the README's examples run and print what it shows, and pages are current."""
+"""What the documentation says is true today: examples run and print what is shown, generated pages are current."""
 
 import contextlib
 import io
