@@ -39,6 +39,8 @@ def demo(picture: Annotated[Path, typer.Option(help="Where the picture goes.")] 
     """Convert the shipped model, check it against Hugging Face, and find its induction heads."""
     from gemma3_jax import demo as steps
 
+    if not picture.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{picture.parent} is no directory; the picture {picture.name} has no place there")
     start = time.perf_counter()
     model = gemma3_jax.HookedGemma3.from_pretrained(gemma3_jax.TINY)
     console.print(f"Converted {gemma3_jax.TINY.name} in {time.perf_counter() - start:.1f} s: {_size(model.params)}.")
@@ -92,6 +94,8 @@ def parity(
     revision: Revision = None,
 ) -> None:
     """Compare a checkpoint with Hugging Face, site by site. Exit code 1 if any row fails."""
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{json_file.parent} is no directory; the report {json_file.name} has no place there")
     report = _parity_module().parity(source, dtype, tokens, revision)
     if json_file is not None:
         json_file.write_text(json.dumps(report.as_dict(), indent=2) + "\n")

@@ -61,6 +61,10 @@ def parity(
     >>> parity(TINY).passed
     True
     """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype is {dtype!r}; parity takes 'float32' and 'bfloat16'")
+    if tokens < 2:
+        raise ValueError(f"tokens is {tokens}; a prompt that has a loss needs 2 at least")
     directory = locate(source, revision)
     config, params = convert_checkpoint(directory, dtype)
     # Torch gives the embedding of the padding token no gradient, whoever uses it: the prompt does without.

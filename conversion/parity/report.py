@@ -108,5 +108,5 @@ def _errors(reference: np.ndarray, got: np.ndarray) -> tuple[float, float, float
     lengths = norm * np.linalg.norm(b)
     cosine = float(not difference)
     if lengths:
-        cosine = float(a @ b) / lengths if np.isfinite(lengths) else np.nan
+        cosine = float(a @ b / lengths) if np.isfinite(lengths) else float("nan")
     return float(np.max(np.abs(a - b))), float(relative), float(cosine)
