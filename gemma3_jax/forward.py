@@ -75,6 +75,8 @@ def forward(
     source = tokens if inputs_embeds is None else inputs_embeds
     if source is None or (tokens is not None and inputs_embeds is not None):
         raise ValueError("give tokens or inputs_embeds: exactly one of them")
+    source = jnp.asarray(source)
+    attention_mask, positions = (None if x is None else jnp.asarray(x) for x in (attention_mask, positions))
     _check(config, source, attention_mask, positions, stop_at_layer, return_type)
     names = captured_names(config, capture, stop_at_layer)
     placed = _placed_edits(config, edits or {}, stop_at_layer)

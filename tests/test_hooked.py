@@ -276,15 +276,14 @@ def test_ids_in_any_container(ids):
 def test_texts_of_unequal_length_run_as_they_do_alone():
     """Each row of a padded batch has, at its real tokens, the logits and activations of the text alone."""
     model = hooked()
-    logits, cache = model.run_with_cache(PADDED, BLOCKS)
-    assert logits.shape == (2, 9, SMALL["vocab_size"])
-    for i, text in enumerate(PADDED):
-        alone_logits, alone = model.run_with_cache(text, BLOCKS)
-        length = alone_logits.shape[1]
-        assert length == (2, 9)[i]
-        assert_close(np.asarray(logits)[i, :length], alone_logits[0])
-        for name in BLOCKS:
-            assert_close(np.asarray(cache[name])[i, :length], alone[name][0])
+    name, together = "blocks.1.attn.hook_z", np.asarray(model(PADDED))
+    assert together.shape == (2, 9, SMALL["vocab_size"])
+    _, cache = model.run_with_cache(PADDED, name, return_type=None)
+    for i, (text, length) in enumerate(zip(PADDED, (2, 9), strict=True)):
+        alone = model(text)
+        assert alone.shape == (1, length, SMALL["vocab_size"])
+        assert_close(together[i, :length], alone[0])
+    assert_close(cache[name][1], model.run_with_cache(LONG, name, return_type=None)[1][name][0])
 
 
 def test_left_padding_by_attention_mask():
@@ -296,10 +295,9 @@ def test_left_padding_by_attention_mask():
     assert_close(masked[0, 7:], right[0, :2])
     assert_close(masked[1], right[1])
     assert differ(np.asarray(model(tokens))[0, 7:], right[0, :2])
-    # a mask of one row, of booleans
-    at_layer = {"stop_at_layer": 1}
-    row = model(tokens[0], attention_mask=mask[0], **at_layer)
-    assert_close(row, model(tokens, attention_mask=mask, **at_layer)[:1])
+    # a row's mask, of booleans
+    row = model(tokens[0], attention_mask=mask[0], stop_at_layer=0)
+    np.testing.assert_array_equal(row, model(tokens, stop_at_layer=0)[:1])
 
 
 def test_return_types():
@@ -350,10 +348,9 @@ def test_the_loss_leaves_padding_out():
 )
 def test_names_filter(names_filter, expected):
     """A name, a glob, a list or a predicate keeps those sites, in the model's order; None keeps all."""
-    logits, cache = hooked().run_with_cache(IDS, names_filter)
+    _, cache = hooked().run_with_cache(IDS, names_filter, return_type=None)
     assert list(cache) == list(expected)
     assert len(cache) == len(expected)
-    assert_close(logits, hf_values()[0])
     if "blocks.1.hook_out" in expected:
         assert_close(cache["blocks.1.hook_out"], hf_values()[1]["model.layers.1.output"])
 
@@ -361,7 +358,7 @@ def test_names_filter(names_filter, expected):
 @functools.cache
 def everything():
     """Every captured value on `IDS`, in numpy."""
-    return jax.tree.map(np.asarray, hooked().run_with_cache(IDS)[1])
+    return jax.tree.map(np.asarray, hooked().run_with_cache(IDS, return_type=None)[1])
 
 
 def test_hf_paths_have_hugging_faces_values_in_its_layout():
@@ -528,14 +525,12 @@ def test_run_with_hooks_takes_the_arguments_of_run_with_cache():
     """Text, return types, positions and batches are handled as without edits."""
     model = hooked()
     hooks_ = [("blocks.0.hook_resid_mid", double)]
-    logits, loss = model.run_with_hooks(LONG, hooks_, return_type="both")
+    options = {"return_type": "both", "remove_batch_dim": True, "pos_slice": -1}
+    (logits, loss), cache = model.run_with_hooks(LONG, hooks_, names_filter="blocks.0.hook_resid_mid", **options)
     assert logits.shape == (1, 9, SMALL["vocab_size"])
+    assert differ(logits, model(LONG))
     tokens = np.asarray(model.to_tokens(LONG))
     assert loss == pytest.approx(float(next_token_loss(logits, tokens)), rel=1e-5)
-    assert differ(logits, model.run_with_cache(LONG, BLOCKS)[0])
-    options = {"return_type": None, "remove_batch_dim": True, "pos_slice": -1}
-    out, cache = model.run_with_hooks(LONG, hooks_, names_filter="blocks.0.hook_resid_mid", **options)
-    assert out is None
     assert cache["blocks.0.hook_resid_mid"].shape == (1, 48)
 
 
