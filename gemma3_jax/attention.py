@@ -70,11 +70,11 @@ class Attention(nn.Module):
         x: jax.Array,
         tables: tuple[jax.Array, jax.Array],
         seen: jax.Array,
-        split: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+        head_changes: tuple[jax.Array, jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
-        """[b, p, d] -> [b, p, d]; `split` replaces x by one input per head for each of q, k and v."""
+        """[b, p, d] -> [b, p, d]; `head_changes` [b, p, n, d] give q, k and v an input of its own for each head."""
         c = self.config
-        q_in, k_in, v_in = split or (x, x, x)
+        q_in, k_in, v_in = (x, x, x) if head_changes is None else (_per_head(x, change) for change in head_changes)
         # [b, p, d] -> [b, p, n, e]
         q = HeadsIn((c.num_attention_heads, c.hidden_size, c.head_dim), c.attention_bias, name="q")(q_in)
         k = HeadsIn((c.num_key_value_heads, c.hidden_size, c.head_dim), c.attention_bias, name="k")(k_in)
@@ -101,3 +101,8 @@ class Attention(nn.Module):
         pre = HookPoint(name="hook_attn_scores")(scores(q, k, scale, seen))
         pattern = HookPoint(name="hook_pattern")(jax.nn.softmax(pre, axis=-1))
         return mix(pattern, v)
+
+
+def _per_head(x: jax.Array, change: jax.Array) -> jax.Array:
+    # [b, p, 1, d] + [b, p, n, d]: what reaches x reaches every head, an edit of one head's copy that head alone
+    return (x[:, :, None].astype(jnp.float32) + change).astype(x.dtype)

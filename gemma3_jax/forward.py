@@ -136,6 +136,9 @@ def place(
 ) -> list[tuple[str, Edit]]:
     """The (canonical name, edit) pairs that an edit under that name, glob, list or predicate stands for."""
     matches = _running(config, wanted, stop_at_layer)
+    if not callable(edit):
+        where = matches[0].name if matches else wanted
+        raise TypeError(f"the edit at {where} is {edit!r}; an edit is a callable, edit(value, hook) -> value")
     return [(m.name, edit if m.layout is None else InLayout(edit, m.layout)) for m in matches]
 
 
@@ -148,6 +151,8 @@ def _check(config, source, attention_mask, positions, stop_at_layer, return_type
             f"the input is {source.dtype} of shape {source.shape}; tokens are integers [b, p], "
             f"inputs_embeds are floats [b, p, {config.hidden_size}]"
         )
+    if not source.size:
+        raise ValueError(f"the input has shape {source.shape}; it must have at least one token")
     for name, array in (("attention_mask", attention_mask), ("positions", positions)):
         if array is not None and array.shape != source.shape[:2]:
             raise ValueError(f"{name} has shape {array.shape}; the input has {source.shape[:2]} (batch, position)")

@@ -228,6 +228,8 @@ class HookedGemma3:
             mask = mask[None]
         if remove_batch_dim and tokens.shape[0] != 1:
             raise ValueError(f"remove_batch_dim needs a batch of 1; this one has {tokens.shape[0]} rows")
+        if pos_slice is not None and not range(tokens.shape[1])[slice(*pos_slice)]:
+            raise ValueError(f"pos_slice selects no position of the {tokens.shape[1]} that the input has")
         return _compiled(
             self.config,
             self.params,
@@ -243,7 +245,7 @@ class HookedGemma3:
 
     def _encode(self, input: Input) -> tuple[jax.Array, jax.Array | None]:
         """Token ids [b, p], and the mask of a padded batch of texts."""
-        if isinstance(input, str) or (len(input) and isinstance(input[0], str)):
+        if isinstance(input, str) or (isinstance(input, Sequence) and input and isinstance(input[0], str)):
             return self._tokenize(input, prepend_bos=True, padding_side="right")  # type: ignore[arg-type]
         try:
             ids = np.asarray(input)

@@ -138,7 +138,8 @@ class Embed(nn.Module):
             return tokens.astype(self.weight.dtype)
         factor = jnp.asarray(self.shape[1] ** 0.5, self.weight.dtype)
         # [V, d] at [b, p] -> [b, p, d]
-        return jnp.take(self.weight, tokens, axis=0, mode="fill") * factor
+        rows = self.weight.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        return rows * factor
 
 
 class Unembed(nn.Module):

@@ -41,21 +41,18 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, tables: tuple[jax.Array, jax.Array], seen: jax.Array) -> jax.Array:
         c = self.config
         ln1 = RMSNorm(c.hidden_size, c.rms_norm_eps, name="ln1")
-        normed = ln1(x)
-        split = self._split_inputs(x, normed, ln1)
-        attn_out = Attention(c, self.watched, name="attn")(normed, tables, seen, split)
+        attn_out = Attention(c, self.watched, name="attn")(ln1(x), tables, seen, self._head_changes(x, ln1))
         x = x + RMSNorm(c.hidden_size, c.rms_norm_eps, name="ln1_post")(attn_out)
         x = HookPoint(name="hook_resid_mid")(x)
         mlp_out = GatedMLP(c, name="mlp")(RMSNorm(c.hidden_size, c.rms_norm_eps, name="ln2")(x))
         return x + RMSNorm(c.hidden_size, c.rms_norm_eps, name="ln2_post")(mlp_out)
 
-    def _split_inputs(
-        self, x: jax.Array, normed: jax.Array, ln1: RMSNorm
-    ) -> tuple[jax.Array, jax.Array, jax.Array] | None:
-        """Copies of the residual for every head of q, k and v, normed: what hook_attn_in and hook_{q,k,v}_input edit.
+    def _head_changes(self, x: jax.Array, ln1: RMSNorm) -> tuple[jax.Array, jax.Array, jax.Array] | None:
+        """By how much edits of hook_attn_in and hook_{q,k,v}_input move the normed input of every head of q, k and v.
 
-        None when nobody edits them, which leaves attention its one shared input. When hook_attn_in is edited, each
-        query head has keys and values of its own, so k and v take h copies in place of g.
+        Each edits a copy of the residual per head. None when nobody edits them, which leaves attention its one shared
+        input. When hook_attn_in is edited, each query head has keys and values of its own, so k and v take h copies
+        in place of g.
         """
         hooks = {name: site_of(self, name) for name in ("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input")}
         if not self.watched.intersection(hooks.values()):
@@ -66,17 +63,15 @@ class Block(nn.Module):
             shared = HookPoint(name="hook_attn_in")(shared)
         own_keys = hooks["hook_attn_in"] in self.edited
 
-        def head_inputs(name: str, n: int) -> jax.Array:
+        def change(name: str, n: int) -> jax.Array:
             # [b, p, n, d]
             copies = shared if own_keys else _copies(x, n)
             if hooks[name] in self.watched:
                 copies = HookPoint(name=name)(copies)
-            # [b, p, 1, d] + [b, p, n, d]: an edit of ln1 reaches every copy, an edit of a copy only that copy
-            change = ln1.unhooked(copies) - ln1.unhooked(x)[:, :, None]
-            return (normed[:, :, None].astype(jnp.float32) + change).astype(normed.dtype)
+            return ln1.unhooked(copies) - ln1.unhooked(x)[:, :, None]
 
-        split = head_inputs("hook_q_input", h), head_inputs("hook_k_input", g), head_inputs("hook_v_input", g)
-        return split if self.edited.intersection(hooks.values()) else None
+        changes = change("hook_q_input", h), change("hook_k_input", g), change("hook_v_input", g)
+        return changes if self.edited.intersection(hooks.values()) else None
 
 
 def _copies(x: jax.Array, n: int) -> jax.Array:

@@ -291,8 +291,7 @@ def resolve(name: str, config: Gemma3Config) -> Match:
     known = _aliases(config.num_hidden_layers)
     found = known.get(_one_prefix(name))
     if found is None:
-        nearest = difflib.get_close_matches(_one_prefix(name), known, n=3, cutoff=0.5)
-        hint = f"the nearest names are {', '.join(nearest)}" if nearest else "`gemma3-jax sites` lists them all"
+        hint = _nearest(_one_prefix(name), known)
         raise UnknownSite(f"no site is named {name!r} in this model of {config.num_hidden_layers} layers; {hint}")
     return found
 
@@ -331,8 +330,17 @@ def _expand(name: str, config: Gemma3Config) -> list[Match]:
     pattern = re.compile(_glob_to_regex(_one_prefix(name)))
     found = [match for known, match in _aliases(config.num_hidden_layers).items() if pattern.fullmatch(known)]
     if not found:
-        raise UnknownSite(f"no site matches {name!r}: `*` stays within one dot-separated part, `**` crosses parts")
+        globs = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", known) for known in _aliases(config.num_hidden_layers))
+        hint = _nearest(_one_prefix(name), globs)
+        raise UnknownSite(
+            f"no site matches {name!r} (`*` stays within one dot-separated part, `**` crosses parts); {hint}"
+        )
     return found
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"the nearest names are {', '.join(nearest)}" if nearest else "`gemma3-jax sites` lists them all"
 
 
 def _glob_to_regex(glob: str) -> str:

@@ -27,6 +27,14 @@ COPIES = ("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input")  # of 
 LEFT_PADDED = jnp.asarray([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9], jnp.int32)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """These tests compile many programs and time none: nearly half of their time would go to XLA's optimizations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @functools.cache
 def small(layers: int = LAYERS) -> tuple[Gemma3Config, Any]:
     """The model; gradients compile slowly, and are content with one layer."""
