@@ -178,7 +178,7 @@ def test_to_single_token():
         (lambda model: model.to_tokens("", prepend_bos=False), "text without tokens"),
         (lambda model: model.to_tokens(["sun", ""], prepend_bos=False), "text without tokens"),
         (lambda model: model.to_tokens("sun", padding_side="middle"), "padding_side is 'middle'"),
-        (lambda model: model([]), "at least one token"),
+        (lambda model: model([]), "at least one"),
         (lambda model: model([[]]), "at least one token"),
         (lambda model: model([1.0, 2.0]), "integer token ids"),
         (lambda model: model([[1, 2], [3]]), "integer token ids"),
