@@ -62,7 +62,9 @@ def run_port(config: Gemma3Config, params: Any, tokens: jax.Array, capture: str 
     return logits, dict(cache)
 
 
-def measure(config: Gemma3Config, dtype: str, shape: tuple[int, int], rounds: int) -> dict[str, Any]:
+def measure(
+    config: Gemma3Config, dtype: str, shape: tuple[int, int], rounds: int, with_captures: bool
+) -> dict[str, Any]:
     """Every figure for one dtype and input shape."""
     ids = np.random.default_rng(0).integers(3, config.vocab_size, shape)
     eager = hf_model(config, dtype, "eager")
@@ -80,10 +82,12 @@ def measure(config: Gemma3Config, dtype: str, shape: tuple[int, int], rounds: in
         },
         rounds,
     )
-    captures = {
-        "residuals": _measure_capture(config, params, tokens, torch_tokens, sdpa, RESIDUALS, rounds),
-        "every site": _measure_capture(config, params, tokens, torch_tokens, eager, EVERY_SITE, rounds),
-    }
+    captures = {}
+    if with_captures:
+        captures = {
+            "residuals": _measure_capture(config, params, tokens, torch_tokens, sdpa, RESIDUALS, rounds),
+            "every site": _measure_capture(config, params, tokens, torch_tokens, eager, EVERY_SITE, rounds),
+        }
     new = ("blocks.3.attn.hook_pattern", "blocks.*.mlp.hook_post")
     lowered_and_compiled = once(lambda: run_port.lower(config, params, tokens, new).compile() and None)
     return {"dtype": dtype, "shape": shape, "seconds": plain, "captures": captures, "new capture": lowered_and_compiled}
@@ -175,7 +179,8 @@ def main(
         for shape in shapes.split(","):
             b, p = map(int, shape.split("x"))
             console.print(f"{dtype} {b} x {p} ...")
-            results.append(measure(config, dtype, (b, p), rounds))
+            # Every site of a long batch is several gigabytes: the first shape shows what captures cost.
+            results.append(measure(config, dtype, (b, p), rounds, with_captures=shape == shapes.split(",")[0]))
             jax.clear_caches()
     command = f"python -m benchmarks.forward --size {size} --dtypes {dtypes} --shapes {shapes} --rounds {rounds}"
     report = {"command": command, "size": size, "rounds": rounds, "machine": machine(), "results": results}
