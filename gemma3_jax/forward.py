@@ -78,6 +78,8 @@ def forward(
     source = jnp.asarray(source)
     attention_mask, positions = (None if x is None else jnp.asarray(x) for x in (attention_mask, positions))
     _check(config, source, attention_mask, positions, stop_at_layer, return_type)
+    if "embed" not in params:
+        raise ValueError("params lack 'embed'; pass the pytree that `convert_checkpoint` returns, as it is")
     names = captured_names(config, capture, stop_at_layer)
     placed = _placed_edits(config, edits or {}, stop_at_layer)
     stop = _layers_needed(config, names) if return_type is None and stop_at_layer is None else stop_at_layer
@@ -156,6 +158,8 @@ def _check(config, source, attention_mask, positions, stop_at_layer, return_type
     for name, array in (("attention_mask", attention_mask), ("positions", positions)):
         if array is not None and array.shape != source.shape[:2]:
             raise ValueError(f"{name} has shape {array.shape}; the input has {source.shape[:2]} (batch, position)")
+    if positions is not None and not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise ValueError(f"positions are {positions.dtype}; they must be integers")
     if return_type not in get_args(ReturnType):
         raise ValueError(f"return_type is {return_type!r}; it takes 'logits', 'loss', 'both' and None")
     if return_type in ("loss", "both") and (not is_tokens or stop_at_layer is not None):

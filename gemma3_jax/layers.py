@@ -23,7 +23,8 @@ def matmul(pattern: str, x: jax.Array, w: jax.Array, dtype: DTypeLike | None = N
     unless `jax.default_matmul_precision` asks for something else.
     """
     asked_for = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined] # missing in jax's stubs
-    precision = None if asked_for else jax.lax.Precision.HIGHEST
+    exact = x.dtype == jnp.float32 and not asked_for
+    precision = jax.lax.Precision.HIGHEST if exact else None
     out = jnp.einsum(pattern, x, w, precision=precision, preferred_element_type=jnp.float32)
     return out.astype(x.dtype if dtype is None else dtype)
 
