@@ -20,8 +20,10 @@ p position, k key position, h query heads, g key/value heads, e head_dim, d hidd
 V vocabulary. Every name of a row works wherever a site is named; under a Hugging Face path, values have Hugging
 Face's layout (heads flattened, or heads first behind the norms of q and k).
 
-While `hook_attn_in` is edited each query head has keys and values of its own, so the sites of k and v have h heads in
-place of g.
+While `hook_attn_in`, `hook_q_input`, `hook_k_input` or `hook_v_input` is edited, q, k and v have an input for each
+head: their `hook_in` is [b, p, heads, d]. While `hook_attn_in` is edited each query head also has keys and values of
+its own, so that the sites of k and v have h heads in place of g. The norms of q and k undo an edit that only scales:
+one of `ln1.hook_scale` reaches the values, and not the scores.
 
 {sites_markdown()}"""
 
@@ -62,6 +64,9 @@ multiplies by 1 + w; the parameter is 1 + w, in float32 whatever the other param
 bfloat16 weight smaller in magnitude than 2**-16, a float16 one smaller than 2**-13, and a float32 one with bits below
 the last place of 1 + w. Those come back changed by at most half a unit in the last place of 1 + w, 2**-24 for |w| < 1.
 The model cannot tell: both give the same 1 + w, in Hugging Face too, and so the same logits.
+
+Norms are written in the embedding's dtype, as Hugging Face has one dtype for a model: where a checkpoint had wider
+norms than that, pass `dtype`.
 """
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from gemma3_jax import edits
 from gemma3_jax.cache import ActivationCache
 from gemma3_jax.config import ConfigError, Gemma3Config, Rope
 from gemma3_jax.forward import forward, next_token_loss
@@ -24,6 +25,7 @@ __all__ = [
     "HookedGemma3",
     "Rope",
     "UnknownSite",
+    "edits",
     "forward",
     "next_token_loss",
     "site_names",

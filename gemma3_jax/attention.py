@@ -57,12 +57,13 @@ def mix(pattern: jax.Array, v: jax.Array) -> jax.Array:
 class Attention(nn.Module):
     """Grouped-query attention with q and k norms and rotary embedding (`Gemma3Attention`).
 
-    `watched` names the sites that somebody captures or edits: scores, pattern and per-head results are computed
-    as arrays of their own only when they are in it.
+    `watched` and `edited` name the sites that somebody captures or edits, and edits: per-head results are computed
+    only for those who look.
     """
 
     config: Gemma3Config
     watched: frozenset[str]
+    edited: frozenset[str]
 
     @nn.compact
     def __call__(
@@ -86,21 +87,15 @@ class Attention(nn.Module):
         q = HookPoint(name="hook_rot_q")(rotate(q, cos, sin))
         k = HookPoint(name="hook_rot_k")(rotate(k, cos, sin))
 
-        # [b, p, h, e]
-        z = self._attend(q, k, v, seen)
-        hook_result = HookPoint(name="hook_result") if self._watches("hook_result") else None
-        return HeadsOut((c.num_attention_heads, c.head_dim, c.hidden_size), c.attention_bias, name="o")(z, hook_result)
-
-    def _watches(self, *names: str) -> bool:
-        return any(site_of(self, name) in self.watched for name in names)
-
-    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
-        scale = self.config.query_pre_attn_scalar**-0.5
-        if not self._watches("hook_attn_scores", "hook_pattern"):
-            return mix(jax.nn.softmax(scores(q, k, scale, seen), axis=-1), v)
-        pre = HookPoint(name="hook_attn_scores")(scores(q, k, scale, seen))
+        # [b, h, p, k]
+        pre = HookPoint(name="hook_attn_scores")(scores(q, k, c.query_pre_attn_scalar**-0.5, seen))
         pattern = HookPoint(name="hook_pattern")(jax.nn.softmax(pre, axis=-1))
-        return mix(pattern, v)
+        # [b, p, h, e] -> [b, p, d]
+        z = mix(pattern, v)
+        name = site_of(self, "hook_result")
+        hook_result = HookPoint(name="hook_result") if name in self.watched else None
+        o = HeadsOut((c.num_attention_heads, c.head_dim, c.hidden_size), c.attention_bias, name="o")
+        return o(z, hook_result, name in self.edited)
 
 
 def _per_head(x: jax.Array, change: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The `gemma3-jax` command: thin, every line of it calls the library."""
+"""The `gemma3-jax` command: thin, every line of it calls the library, on both its sides."""
 
 import json
 import sys
@@ -155,15 +155,18 @@ def info(source: Source = str(gemma3_jax.TINY), revision: Revision = None) -> No
 
 
 def main() -> None:
-    """Run the command; an error is one line and exit code 1, unless `--traceback` asks for more."""
+    """Run the command. An error is one line; its exit code is 1, or 2 where the command line itself is at fault."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--traceback"]
     try:
-        app()
+        sys.exit(app(arguments, standalone_mode=False))
     except Exception as error:
-        if "--traceback" in sys.argv:
+        if len(arguments) < len(sys.argv) - 1:
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
+        # Of a command line that cannot be parsed, typer's own error knows how to put it.
+        usage = getattr(error, "format_message", None)
+        message = " ".join((usage() if usage else str(error)).split()) or type(error).__name__
         print(f"error: {message}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if usage else 1)
 
 
 def _parity_module() -> Any:

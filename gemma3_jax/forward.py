@@ -11,7 +11,7 @@ import optax
 from gemma3_jax.cache import ActivationCache
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.hooks import CAPTURES, Edit, InLayout, captured, interceptor
-from gemma3_jax.model import Gemma3, default_positions
+from gemma3_jax.model import Gemma3, default_positions, one_input
 from gemma3_jax.sites import Match, layer_of, select, site_names
 
 ReturnType = Literal["logits", "loss", "both", None]
@@ -72,16 +72,13 @@ def forward(
     >>> logits.shape, list(cache)
     ((1, 6, 16), ['blocks.0.hook_out', 'blocks.1.hook_out'])
     """
-    source = tokens if inputs_embeds is None else inputs_embeds
-    if source is None or (tokens is not None and inputs_embeds is not None):
-        raise ValueError("give tokens or inputs_embeds: exactly one of them")
-    source = jnp.asarray(source)
+    source = jnp.asarray(one_input(tokens, inputs_embeds))
     attention_mask, positions = (None if x is None else jnp.asarray(x) for x in (attention_mask, positions))
     _check(config, source, attention_mask, positions, stop_at_layer, return_type)
-    if "embed" not in params:
-        raise ValueError("params lack 'embed'; pass the pytree that `convert_checkpoint` returns, as it is")
     names = captured_names(config, capture, stop_at_layer)
     placed = _placed_edits(config, edits or {}, stop_at_layer)
+    if "embed" not in params:
+        raise ValueError("params lack 'embed'; pass the pytree that `convert_checkpoint` returns, as it is")
     stop = _layers_needed(config, names) if return_type is None and stop_at_layer is None else stop_at_layer
     if positions is None:
         positions = default_positions(source.shape[:2], attention_mask)
@@ -111,7 +108,7 @@ def next_token_loss(logits: jax.Array, tokens: jax.Array, attention_mask: jax.Ar
     Args:
         logits: [b, p, V].
         tokens: [b, p] integer ids.
-        attention_mask: [b, p], 1 at real tokens; a pair counts when both its tokens are real.
+        attention_mask: [b, p], 1 at real tokens; a pair counts when both its tokens are real. NaN if none is.
     """
     # [b, p - 1]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1].astype(jnp.float32), tokens[:, 1:])
@@ -164,6 +161,8 @@ def _check(config, source, attention_mask, positions, stop_at_layer, return_type
         raise ValueError(f"return_type is {return_type!r}; it takes 'logits', 'loss', 'both' and None")
     if return_type in ("loss", "both") and (not is_tokens or stop_at_layer is not None):
         raise ValueError(f"return_type {return_type!r} needs tokens and the whole model (no stop_at_layer)")
+    if return_type in ("loss", "both") and source.shape[1] < 2:
+        raise ValueError(f"return_type {return_type!r} needs two tokens at least; the input has {source.shape[1]}")
     layers = config.num_hidden_layers
     if stop_at_layer is not None and not -layers <= stop_at_layer <= layers:
         raise ValueError(f"stop_at_layer is {stop_at_layer}; the model has {layers} layers")

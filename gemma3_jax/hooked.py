@@ -1,6 +1,6 @@
 """`HookedGemma3`: parameters, tokenizer and compiled functions in one object, for people at a prompt.
 
-One of the two rooms that see both the model and `conversion` (`from_pretrained` converts).
+With the command line and `conversion.parity`, one of the rooms that see both the model and `conversion`.
 """
 
 import functools
@@ -145,8 +145,18 @@ class HookedGemma3:
     def to_tokens(
         self, input: str | Sequence[str], prepend_bos: bool = True, padding_side: Literal["left", "right"] = "right"
     ) -> jax.Array:
-        """Token ids [b, p] int32 of one text or several, padded to one length. Each row has one BOS, never two."""
+        """Token ids [b, p] int32 of one text or several, padded to one length. Each row has one BOS, never two.
+
+        Ids do not say which of them are padding: when rows differ in length, give `attention_mask(tokens)` along.
+        """
         return self._tokenize(input, prepend_bos, padding_side)[0]
+
+    def attention_mask(self, tokens: Any) -> jax.Array:
+        """[b, p] int32, 0 at the padding tokens with which rows of `tokens` [b, p] begin or end, and 1 elsewhere."""
+        real = np.atleast_2d(np.asarray(tokens)) != (self.config.pad_token_id or 0)
+        from_left = np.logical_or.accumulate(real, axis=1)
+        from_right = np.logical_or.accumulate(real[:, ::-1], axis=1)[:, ::-1]
+        return jnp.asarray(from_left & from_right, jnp.int32)
 
     def to_string(self, tokens: Any) -> str | list[str]:
         """The text of ids [p], or the texts of ids [b, p]; special tokens are spelled out."""

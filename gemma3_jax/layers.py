@@ -57,14 +57,14 @@ class RMSNorm(nn.Module):
         normalized = self.hook_normalized(x.astype(jnp.float32) / scale)
         return (normalized * self.weight).astype(x.dtype)
 
+    def unhooked(self, x: jax.Array) -> jax.Array:
+        """The same norm of another value, through no hook."""
+        return (x.astype(jnp.float32) / self.scale(x) * self.weight).astype(x.dtype)
+
     def scale(self, x: jax.Array) -> jax.Array:
         """[..., 1] float32, the root mean square by which `x` [..., d] is divided."""
         mean_square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
         return jnp.sqrt(mean_square + self.eps)
-
-    def unhooked(self, x: jax.Array) -> jax.Array:
-        """The same norm of another value, in float32 and through no hook."""
-        return x.astype(jnp.float32) / self.scale(x) * self.weight
 
 
 class Linear(nn.Module):
@@ -104,21 +104,25 @@ class HeadsIn(nn.Module):
 
 
 class HeadsOut(nn.Module):
-    """o: [b, p, h, e] to [b, p, d], by weight [h, e, d]; through `hook_result` [b, p, h, d] when it is given."""
+    """o: [b, p, h, e] to [b, p, d], by weight [h, e, d].
+
+    `hook_result` is shown the result [b, p, h, d] of every head, where it is given; the output is their sum, through
+    the hook, only where it is `edited`: to look must not change what is computed.
+    """
 
     shape: tuple[int, int, int]
     use_bias: bool
 
     @nn.compact
-    def __call__(self, z: jax.Array, hook_result: HookPoint | None = None) -> jax.Array:
+    def __call__(self, z: jax.Array, hook_result: HookPoint | None = None, edited: bool = False) -> jax.Array:
         weight = self.param("weight", _INIT, self.shape)
-        if hook_result is None:
-            # [b, p, h, e] x [h, e, d] -> [b, p, d]
-            out = matmul("bphe,hed->bpd", z, weight)
-        else:
+        # [b, p, h, e] x [h, e, d] -> [b, p, d]
+        out = matmul("bphe,hed->bpd", z, weight)
+        if hook_result is not None:
             # [b, p, h, e] x [h, e, d] -> [b, p, h, d]
             result = hook_result(per_head_matmul("bphe,hed->bphd", z, weight))
-            out = jnp.sum(result, axis=2, dtype=jnp.float32).astype(z.dtype)
+            if edited:
+                out = jnp.sum(result, axis=2, dtype=jnp.float32).astype(z.dtype)
         return out + self.param("bias", nn.initializers.zeros, self.shape[2:]) if self.use_bias else out
 
 

@@ -41,7 +41,9 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, tables: tuple[jax.Array, jax.Array], seen: jax.Array) -> jax.Array:
         c = self.config
         ln1 = RMSNorm(c.hidden_size, c.rms_norm_eps, name="ln1")
-        attn_out = Attention(c, self.watched, name="attn")(ln1(x), tables, seen, self._head_changes(x, ln1))
+        attn_out = Attention(c, self.watched, self.edited, name="attn")(
+            ln1(x), tables, seen, self._head_changes(x, ln1)
+        )
         x = x + RMSNorm(c.hidden_size, c.rms_norm_eps, name="ln1_post")(attn_out)
         x = HookPoint(name="hook_resid_mid")(x)
         mlp_out = GatedMLP(c, name="mlp")(RMSNorm(c.hidden_size, c.rms_norm_eps, name="ln2")(x))
@@ -68,7 +70,8 @@ class Block(nn.Module):
             copies = shared if own_keys else _copies(x, n)
             if hooks[name] in self.watched:
                 copies = HookPoint(name=name)(copies)
-            return ln1.unhooked(copies) - ln1.unhooked(x)[:, :, None]
+            # Each rounded as ln1's output is, so that an edited copy replaces it without a remainder.
+            return ln1.unhooked(copies).astype(jnp.float32) - ln1.unhooked(x)[:, :, None].astype(jnp.float32)
 
         changes = change("hook_q_input", h), change("hook_k_input", g), change("hook_v_input", g)
         return changes if self.edited.intersection(hooks.values()) else None
@@ -84,9 +87,9 @@ class Gemma3(nn.Module):
 
     Attributes:
         config: the model's shape.
-        watched: canonical names of sites that an interceptor captures or edits, for those that are computed only
-            when somebody looks (`hook_attn_scores`, `hook_pattern`, `hook_result`, `hook_attn_in`,
-            `hook_{q,k,v}_input`).
+        watched: canonical names of sites that an interceptor captures or edits. Five sites of a block are computed
+            only when they are in it: `hook_result`, `hook_attn_in` and `hook_{q,k,v}_input`. `forward` fills it in;
+            an interceptor of your own needs it for these five, and for no other.
         edited: those of them that are edited.
     """
 
@@ -119,10 +122,7 @@ class Gemma3(nn.Module):
         c = self.config
         embed = Embed((c.vocab_size, c.hidden_size), name="embed")
         # [b, p] -> [b, p, d]
-        source = tokens if inputs_embeds is None else inputs_embeds
-        if source is None:
-            raise ValueError("give tokens or inputs_embeds")
-        x = embed(source)
+        x = embed(one_input(tokens, inputs_embeds))
         length = x.shape[1]
         if positions is None:
             positions = default_positions(x.shape[:2], attention_mask)
@@ -139,6 +139,14 @@ class Gemma3(nn.Module):
         logits = unembed(x, embed.weight) if c.tie_word_embeddings else unembed(x)
         cap = c.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def one_input(tokens: jax.Array | None, inputs_embeds: jax.Array | None) -> jax.Array:
+    """The one of the two that is given."""
+    source = tokens if inputs_embeds is None else inputs_embeds
+    if source is None or (tokens is not None and inputs_embeds is not None):
+        raise ValueError("give tokens or inputs_embeds: exactly one of them")
+    return source
 
 
 def default_positions(shape: Sequence[int], attention_mask: jax.Array | None) -> jax.Array:

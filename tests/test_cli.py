@@ -1,14 +1,12 @@
 """The command line as its users meet it: real processes, their output, their exit codes, the files they leave."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import QUICK
 from random_models import hf_model
 
 from conversion import convert_checkpoint
@@ -19,9 +17,7 @@ COMMAND = str(Path(sys.executable).with_name("gemma3-jax"))
 
 
 def run(*arguments, cwd=None) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(QUICK, "").strip()}
-    command = [COMMAND, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, env=environment)
+    return subprocess.run([COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=300, cwd=cwd)
 
 
 def test_demo(tmp_path):

@@ -30,14 +30,6 @@ PADDED = ["sun", LONG]
 IDS = random_tokens((2, 9))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """These tests compile many programs and time none: nearly half of their time would go to XLA's optimizations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def make_tokenizer(adds_bos: bool = False) -> transformers.PreTrainedTokenizerFast:
     """Words to ids; `adds_bos` also puts a BOS before every text, as Gemma's tokenizer does."""
     tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))

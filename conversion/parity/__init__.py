@@ -1,6 +1,6 @@
 """Site-by-site comparison of the port with Hugging Face: every activation, the logits, and gradients.
 
-With `hooked`, one of the two rooms that see both the model and `conversion`.
+With `hooked` and the command line, one of the rooms that see both the model and `conversion`.
 """
 
 import functools
@@ -78,7 +78,11 @@ def parity(
     device = jax.devices()[0]
     platform = f"{device.platform} ({device.device_kind})"
     versions = f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
-    return Report(os.fspath(source), dtype, tokens, f"{platform}, {versions}", tuple(rows))
+    window = config.sliding_window
+    note = (
+        f"no token is further than the window of {window} from another; ask for more tokens" if tokens <= window else ""
+    )
+    return Report(os.fspath(source), dtype, tokens, f"{platform}, {versions}", tuple(rows), note)
 
 
 def compare(

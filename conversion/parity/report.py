@@ -42,13 +42,14 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was compared, where, and the outcome per kind."""
+    """What was compared, where, and the outcome per kind; `note` says what the prompt could not show."""
 
     source: str
     dtype: str
     tokens: int
     platform: str
     rows: tuple[Row, ...]
+    note: str = ""
 
     @property
     def passed(self) -> bool:
