@@ -50,10 +50,13 @@ def failures(rows):
 
 @pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS.keys())
 def test_every_site_and_gradient_is_within_the_bar(overrides):
-    """Each variant of the architecture, several windows long, in float32."""
+    """Each variant of the architecture, several windows long, in float32; with its layers shifted by one it fails."""
     model = hf_model(**overrides)
-    rows = compare(model, *converted(model), TOKENS)
+    config, params = converted(model)
+    rows = compare(model, config, params, TOKENS)
     assert not failures(rows)
+    shifted = our_activations(config, shift_layers(params), TOKENS)
+    assert failures(compare_sites(huggingface.activations(model, TOKENS), shifted, SMALL_BAR))
     assert {row.kind for row in rows} >= {row.name for row in SITES} | {"logits"}
 
 
@@ -100,7 +103,9 @@ def test_text_model_of_a_multimodal_checkpoint(tmp_path, prefix):
     written = next(k.removesuffix("embed_tokens.weight") for k in tensors if k.endswith("embed_tokens.weight"))
     save_file({k.replace(written, prefix): v for k, v in tensors.items()}, file, metadata={"format": "pt"})
     config, params = convert_checkpoint(tmp_path)
-    assert not failures(compare(model, config, params, TOKENS))
+    wanted = huggingface.activations(model, TOKENS)
+    assert not failures(compare_sites(wanted, our_activations(config, params, TOKENS), SMALL_BAR))
+    assert failures(compare_sites(wanted, our_activations(config, shift_layers(params), TOKENS), SMALL_BAR))
 
 
 def test_bfloat16_is_no_further_from_float32_than_hugging_face_is():
