@@ -286,6 +286,15 @@ def test_texts_of_unequal_length_run_as_they_do_alone():
     assert_close(cache[name][1], model.run_with_cache(LONG, name, return_type=None)[1][name][0])
 
 
+def test_the_mask_of_padded_ids():
+    """Padding is what rows begin or end with; the same id between two real tokens is one of them."""
+    mask = hooked().attention_mask([[PAD, PAD, BOS, 5, PAD, 6], [BOS, 5, 6, 7, PAD, PAD]])
+    assert mask.tolist() == [[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]
+    for side in ("left", "right"):
+        tokens = hooked().to_tokens(PADDED, padding_side=side)
+        assert hooked().attention_mask(tokens).sum(axis=1).tolist() == [2, 9]
+
+
 def test_left_padding_by_attention_mask():
     """With its mask, a left-padded batch gives each row's own logits; without, it does not."""
     model = hooked()
