@@ -163,6 +163,8 @@ def as_markdown(report: dict[str, Any]) -> str:
     for row in report["results"]:
         b, p = row["shape"]
         lines.append(f"| {row['dtype']} | {b} x {p} | {row['new capture']:.1f} |")
+    if report["note"]:
+        lines += ["", f"Note: {report['note']}"]
     return "\n".join(lines) + "\n"
 
 
@@ -173,6 +175,7 @@ def main(
     rounds: Annotated[str, typer.Option(help="Interleaved rounds, for each of the shapes.")] = "5,2",
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
     markdown: Path | None = None,
+    note: Annotated[str, typer.Option(help="What a reader of the table should know of the run.")] = "",
 ) -> None:
     config = Gemma3Config.preset(size)
     results = []
@@ -184,7 +187,14 @@ def main(
             results.append(measure(config, dtype, (b, p), int(turns), with_captures=shape == shapes.split(",")[0]))
             jax.clear_caches()
     command = f"python -m benchmarks.forward --size {size} --dtypes {dtypes} --shapes {shapes} --rounds {rounds}"
-    report = {"command": command, "size": size, "rounds": rounds, "machine": machine(), "results": results}
+    report = {
+        "command": command,
+        "size": size,
+        "rounds": rounds,
+        "machine": machine(),
+        "note": note,
+        "results": results,
+    }
     if json_file:
         json_file.write_text(json.dumps(report, indent=2) + "\n")
     if markdown:
