@@ -17,7 +17,7 @@ from conversion.checkpoint import Params, convert_checkpoint
 from conversion.files import locate
 from conversion.gemma3 import Entry, entries
 from conversion.parity import huggingface
-from conversion.parity.report import Report, Row, compare_sites
+from conversion.parity.report import Report, Row, compare_sites, kind_of
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.forward import forward
 
@@ -46,8 +46,9 @@ def parity(
 ) -> Report:
     """Run a checkpoint through Hugging Face (torch, on the CPU) and the port (JAX's default device), and compare.
 
-    float32: the port's relative error must be within a fixed bar at every site and gradient. bfloat16: at every site
-    the port must be no further from Hugging Face in float32 than Hugging Face in bfloat16 is.
+    float32: the port's relative error must be within a fixed bar at every site; its gradients are compared with Hugging
+    Face's in float64 (`compare`). bfloat16: at every site the port must be no further from Hugging Face in float32 than
+    Hugging Face in bfloat16 is, up to the sampling error of that comparison (`compare_bfloat16`).
 
     Args:
         source: directory or hub id.
@@ -108,9 +109,15 @@ def compare(
     wanted = huggingface.activations(hf_model, tokens, attention_mask)
     rows = compare_sites(wanted, our_activations(config, params, tokens, attention_mask), bar, attention_mask)
     chosen = _gradient_entries(config)
-    theirs = huggingface.gradients(hf_model, chosen, tokens, attention_mask)
-    ours = our_gradients(config, params, chosen, tokens, attention_mask)
-    return rows + compare_sites(_as_gradients(theirs), _as_gradients(ours), bar)
+    exact, theirs = (
+        _as_gradients(huggingface.gradients(hf_model, chosen, tokens, attention_mask, exact=exact))
+        for exact in (True, False)
+    )
+    # Sums that nearly cancel (in the norms of q and k) leave float32 gradients further from the truth than the bar, in
+    # Hugging Face too: where they do, the port may be as far as Hugging Face is.
+    bars = {row.kind: max(bar, row.relative) for row in compare_sites(exact, theirs, np.inf)}
+    ours = _as_gradients(our_gradients(config, params, chosen, tokens, attention_mask))
+    return rows + compare_sites(exact, ours, bars)
 
 
 def compare_bfloat16(
@@ -120,10 +127,15 @@ def compare_bfloat16(
     params: Params,
     tokens: np.ndarray,
 ) -> list[Row]:
-    """Compare the port in bfloat16 with `reference` in float32; the bar is the error of `hf_model` in bfloat16."""
+    """Compare the port in bfloat16 with `reference` in float32; the bar is the error of `hf_model` in bfloat16.
+
+    Both errors are norms over N roundings. Such a norm has a relative standard deviation of 1 / sqrt(2 N), and the
+    difference of two 1 / sqrt(N): the bar has three of these added, which is 1 % at 100,000 values, 27 % at 128.
+    """
     wanted = huggingface.activations(reference, tokens)
+    sizes = {kind_of(name): value.size for name, value in wanted.items()}
     theirs = compare_sites(wanted, huggingface.activations(hf_model, tokens), np.inf)
-    bars = {row.kind: row.relative for row in theirs}
+    bars = {row.kind: row.relative * (1 + 3 / np.sqrt(sizes[row.kind])) for row in theirs}
     return compare_sites(wanted, our_activations(config, params, tokens), bars)
 
 

@@ -49,11 +49,12 @@ def gradients(
     chosen: Sequence[Entry],
     tokens: np.ndarray,
     attention_mask: np.ndarray | None = None,
+    *,
+    exact: bool,
 ) -> dict[str, np.ndarray]:
     """Gradients of the mean next-token loss for the chosen tensors, by adapter key, in the port's layout.
 
-    `model` is in float32, and computes them in float64: sums over positions that nearly cancel (the norms of q and
-    k) leave Hugging Face's own float32 gradients further from the truth than the bar allows.
+    `model` is in float32; where `exact`, it computes them in float64.
     """
     named = dict(model.named_parameters())
     prefix = find_prefix(named)
@@ -61,9 +62,10 @@ def gradients(
     model.requires_grad_(False)
     for leaf in leaves:
         leaf.requires_grad_(True)
-    model.double()
+    if exact:
+        model.double()
     try:
-        with _InFloat64():
+        with _InFloat64() if exact else contextlib.nullcontext():
             logits = _logits(model, tokens, attention_mask)
         targets = torch.from_numpy(tokens)[:, 1:].flatten()
         losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="none")

@@ -62,6 +62,12 @@ class Report:
         return {**dataclasses.asdict(self), "passed": self.passed, "rows": rows}
 
 
+def kind_of(name: str) -> str:
+    """The name with `{i}` for its layer."""
+    layer = layer_of(name)
+    return name if layer is None else name.replace(f"blocks.{layer}.", "blocks.{i}.", 1)
+
+
 def compare_sites(
     wanted: Activations,
     got: Activations,
@@ -74,7 +80,7 @@ def compare_sites(
     """
     worst: dict[str, Row] = {}
     for name, reference in wanted.items():
-        kind = name if (layer := layer_of(name)) is None else name.replace(f"blocks.{layer}.", "blocks.{i}.", 1)
+        kind, layer = kind_of(name), layer_of(name)
         allowed = bar if isinstance(bar, float) else bar[kind]
         row = Row(kind, layer, *_errors(*_compared(name, reference, got[name], attention_mask)), allowed)
         if kind not in worst or not row.relative <= worst[kind].relative:
