@@ -23,11 +23,13 @@ Input = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | np.ndarr
 Hooks = Sequence[tuple[Capture, Edit]]
 
 
+@jax.tree_util.register_pytree_with_keys_class
 class HookedGemma3:
     """A Gemma 3 with its parameters and tokenizer. Holds no hooks: every call says what it captures and edits.
 
     Inputs are text, a list of texts (padded on the right, with the mask that belongs to it), or token ids [p] or
-    [b, p]. Each set of captures, hook sites and input shape compiles once; other values compile nothing.
+    [b, p]. Each set of captures, hook sites and input shape compiles once; other values compile nothing. The model is
+    a pytree of its parameters: pass it to a function of your own under `jit`, `grad` or `vmap` like an array.
 
     Attributes:
         config: shape of the model.
@@ -67,6 +69,14 @@ class HookedGemma3:
             load_params(directory, dtype) if is_converted(directory) else convert_checkpoint(directory, dtype)
         )
         return cls(config, params, load_tokenizer(directory))
+
+    def tree_flatten_with_keys(self):
+        return [(jax.tree_util.GetAttrKey("params"), self.params)], (self.config, self.tokenizer)
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        config, tokenizer = aux
+        return cls(config, *children, tokenizer)
 
     def __call__(
         self,
@@ -141,6 +151,17 @@ class HookedGemma3:
         keep = () if names_filter is None else names_filter
         out, cache = self._run(input, keep, fwd_hooks, return_type, stop_at_layer, attention_mask, *options)
         return out if names_filter is None else (out, cache)
+
+    def encode(self, input: Input, attention_mask: Any = None) -> tuple[jax.Array, jax.Array | None]:
+        """Any input as token ids [b, p] int32, and its mask [b, p]: the given one, or that of a padded batch of texts.
+
+        Raises:
+            ValueError: the input is empty, no text and no ids, or has an id outside the vocabulary.
+        """
+        tokens, mask = self._ids_of(input)
+        if attention_mask is not None:
+            mask = jnp.atleast_2d(jnp.asarray(attention_mask))
+        return tokens, mask
 
     def to_tokens(
         self, input: str | Sequence[str], prepend_bos: bool = True, padding_side: Literal["left", "right"] = "right"
@@ -232,10 +253,7 @@ class HookedGemma3:
     def _run(
         self, input, keep, hooks, return_type, stop_at_layer, attention_mask, remove_batch_dim=False, pos_slice=None
     ) -> tuple[Any, ActivationCache]:
-        tokens, mask = self._encode(input)
-        mask = mask if attention_mask is None else jnp.asarray(attention_mask)
-        if mask is not None and mask.ndim == 1:
-            mask = mask[None]
+        tokens, mask = self.encode(input, attention_mask)
         if remove_batch_dim and tokens.shape[0] != 1:
             raise ValueError(f"remove_batch_dim needs a batch of 1; this one has {tokens.shape[0]} rows")
         if pos_slice is not None and not range(tokens.shape[1])[slice(*pos_slice)]:
@@ -253,10 +271,11 @@ class HookedGemma3:
             pos_slice=pos_slice,
         )
 
-    def _encode(self, input: Input) -> tuple[jax.Array, jax.Array | None]:
-        """Token ids [b, p], and the mask of a padded batch of texts."""
+    def _ids_of(self, input: Input) -> tuple[jax.Array, jax.Array | None]:
         if isinstance(input, str) or (isinstance(input, Sequence) and input and isinstance(input[0], str)):
             return self._tokenize(input, prepend_bos=True, padding_side="right")  # type: ignore[arg-type]
+        if isinstance(input, jax.core.Tracer):  # its values, and so their range, are not known yet
+            return jnp.atleast_2d(input), None
         try:
             ids = np.asarray(input)
         except ValueError:
