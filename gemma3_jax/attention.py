@@ -1,10 +1,11 @@
 """Attention of one layer: which keys a query sees, and what it takes from them.
 
 Axes: b batch, p query position, k key position, h query heads, g key/value heads, r = h / g, d hidden_size,
-e head_dim.
+e head_dim; s slots of a cache, c columns of the whole text.
 """
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -48,10 +49,66 @@ def scores(q: jax.Array, k: jax.Array, scale: float, seen: jax.Array) -> jax.Arr
 
 def mix(pattern: jax.Array, v: jax.Array) -> jax.Array:
     """[b, p, h, e]: what each query takes from v [b, k, g, e] under pattern [b, h, p, k]."""
+    return _mixed(pattern, v).astype(v.dtype)
+
+
+def _mixed(pattern: jax.Array, v: jax.Array) -> jax.Array:
+    """`mix` in float32."""
     b, h, p, k = pattern.shape
     # [b, g, r, p, k] x [b, k, g, e] -> [b, p, g, r, e]
     grouped = pattern.reshape(b, v.shape[2], -1, p, k).astype(v.dtype)
-    return matmul("bgrpk,bkge->bpgre", grouped, v).reshape(b, p, h, -1)
+    return matmul("bgrpk,bkge->bpgre", grouped, v, jnp.float32).reshape(b, p, h, -1)
+
+
+def _mix_both(pattern: jax.Array, cached: jax.Array, v: jax.Array) -> jax.Array:
+    """`mix` of pattern [b, h, p, s + p] with the values of a past [b, s, g, e] and new ones [b, p, g, e]."""
+    s = cached.shape[1]
+    return (_mixed(pattern[..., :s], cached) + _mixed(pattern[..., s:], v)).astype(v.dtype)
+
+
+@flax.struct.dataclass
+class Past:
+    """What a layer's cache has of the columns before those that are run; see `gemma3_jax.generation.kv_cache`.
+
+    Attributes:
+        keys: [b, s, g, e], after RoPE.
+        values: [b, s, g, e].
+        seen: [b, p, s] bool, whether a query sees what a slot holds.
+        held: [s] int32, the column whose key a slot holds; negative where it holds none.
+        length: [] int32, the column of the first query.
+        capacity: how many columns the text may have (static).
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    seen: jax.Array
+    held: jax.Array
+    length: jax.Array
+    capacity: int = flax.struct.field(pytree_node=False)
+
+
+def by_column(hook: HookPoint, x: jax.Array, past: Past | None, fill: float) -> jax.Array:
+    """Scores or a pattern through their hook, which sees keys by column, [b, h, p, c]; `x` has them by slot.
+
+    x [b, h, p, s + p] has the slots of the past and then the p new columns. Columns that no slot holds are `fill`, and
+    what an edit writes there is lost: their values are gone.
+    """
+    if past is None:
+        return hook(x)
+    s, p = past.held.shape[0], x.shape[2]
+    columns = jnp.arange(past.capacity)
+    # [c]: the place of each column, s + p where it has none
+    place = jnp.where(past.held[columns % s] == columns, columns % s, s + p)
+    new = columns - past.length
+    place = jnp.where((new >= 0) & (new < p), s + new, place)
+    shown = hook(jnp.take(_with_fill(x, fill), place, axis=-1))
+    # [s + p]: the column of each place, c where it has none
+    column = jnp.concatenate([jnp.where(past.held >= 0, past.held, past.capacity), past.length + jnp.arange(p)])
+    return jnp.take(_with_fill(shown, fill), column, axis=-1)
+
+
+def _with_fill(x: jax.Array, fill: float) -> jax.Array:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)], constant_values=fill)
 
 
 class Attention(nn.Module):
@@ -72,6 +129,7 @@ class Attention(nn.Module):
         tables: tuple[jax.Array, jax.Array],
         seen: jax.Array,
         head_changes: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+        past: Past | None = None,
     ) -> jax.Array:
         """[b, p, d] -> [b, p, d]; `head_changes` [b, p, n, d] give q, k and v an input of its own for each head."""
         c = self.config
@@ -88,14 +146,25 @@ class Attention(nn.Module):
         k = HookPoint(name="hook_rot_k")(rotate(k, cos, sin))
 
         # [b, h, p, k]
-        pre = HookPoint(name="hook_attn_scores")(scores(q, k, c.query_pre_attn_scalar**-0.5, seen))
-        pattern = HookPoint(name="hook_pattern")(jax.nn.softmax(pre, axis=-1))
+        scale = c.query_pre_attn_scalar**-0.5
+        pre = scores(q, k, scale, seen)
+        if past is not None:
+            # [b, h, p, s + p]
+            pre = jnp.concatenate([scores(q, past.keys, scale, past.seen), pre], axis=-1)
+        pre = self._hooked("hook_attn_scores", pre, past, float(jnp.finfo(jnp.float32).min))
+        pattern = self._hooked("hook_pattern", jax.nn.softmax(pre, axis=-1), past, 0.0)
         # [b, p, h, e] -> [b, p, d]
-        z = mix(pattern, v)
+        z = mix(pattern, v) if past is None else _mix_both(pattern, past.values, v)
         name = site_of(self, "hook_result")
         hook_result = HookPoint(name="hook_result") if name in self.watched else None
         o = HeadsOut((c.num_attention_heads, c.head_dim, c.hidden_size), c.attention_bias, name="o")
         return o(z, hook_result, name in self.edited)
+
+    def _hooked(self, name: str, x: jax.Array, past: Past | None, fill: float) -> jax.Array:
+        hook = HookPoint(name=name)
+        # Without a past, keys stand by column as it is, and a hook that nobody watches costs nothing.
+        watched = site_of(self, name) in self.watched
+        return by_column(hook, x, past, fill) if past is None or watched else x
 
 
 def _per_head(x: jax.Array, change: jax.Array) -> jax.Array:

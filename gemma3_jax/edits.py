@@ -1,19 +1,50 @@
 """Ready-made edits: callable pytrees whose arrays are traced, so that new values compile nothing.
 
-Each is computed in float32 and cast to the site's dtype once. Values broadcast against the site's, from the right: a
-vector [d] reaches every position of a [b, p, d] site, an array [p, 1] scales each position by its own number.
+Each is computed in float32 and cast to the site's dtype once; several on one site run in order, and are cast once
+after the last. Values broadcast against the site's, from the right: a vector [d] reaches every position of a
+[b, p, d] site, an array [p, 1] scales each position by its own number. `only` restricts any edit, ready-made or your
+own, to layers, positions, heads, batch rows, features or keys, all of them data.
+
+Axes: b batch, p position, k key position, h query heads, g key/value heads, d and e features.
 """
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 
-from gemma3_jax.hooks import Hook
+from gemma3_jax.config import Gemma3Config
+from gemma3_jax.hooks import Edit, Hook, InLayout
+from gemma3_jax.restrictions import Only, as_index, axes_of, check_only, check_range, only
+from gemma3_jax.sites import site
+
+__all__ = [
+    "Add",
+    "Clamp",
+    "FromCache",
+    "FromRow",
+    "Mean",
+    "Noise",
+    "Only",
+    "ProjectOut",
+    "Replace",
+    "Scale",
+    "check",
+    "in_layout",
+    "only",
+]
 
 
 @flax.struct.dataclass
 class Add:
-    """`value + scale * vector`: steering.
+    """`value + scale * vector`: steering. With `relative`, the vector is first given the norm of the value.
+
+    With `relative`, `scale` 0.1 moves each value [..., d] by a tenth of its own length along `vector`. Source:
+    activation addition (arXiv 2308.10248).
 
     >>> import jax.numpy as jnp
     >>> from gemma3_jax import edits
@@ -23,31 +54,200 @@ class Add:
 
     vector: jax.Array
     scale: jax.Array | float = 1.0
+    relative: bool = flax.struct.field(pytree_node=False, default=False)
 
     def __call__(self, value: jax.Array, hook: Hook) -> jax.Array:
         """The sum, in the shape and dtype of `value`."""
-        moved = value.astype(jnp.float32) + self.scale * jnp.asarray(self.vector, jnp.float32)
-        return moved.astype(value.dtype)
+        x, step = _wide(value), _wide(self.vector)
+        if self.relative:
+            step = _unit(step) * _norm(x)
+        return (x + self.scale * step).astype(value.dtype)
 
 
 @flax.struct.dataclass
 class Scale:
-    """`factor * value`; a factor of 0 ablates, an array of factors ablates where it is 0."""
+    """`factor * value`; an array of factors scales each place by its own."""
 
     factor: jax.Array | float
 
     def __call__(self, value: jax.Array, hook: Hook) -> jax.Array:
         """The product, in the shape and dtype of `value`."""
-        return (jnp.asarray(self.factor, jnp.float32) * value.astype(jnp.float32)).astype(value.dtype)
+        return (_wide(self.factor) * _wide(value)).astype(value.dtype)
 
 
 @flax.struct.dataclass
 class Replace:
-    """Another value in place of the site's; where `where` is given, only at its true entries."""
+    """Another value in place of the site's; where `where` is given, only at its true entries.
 
-    value: jax.Array
+    `Replace(0.0)` is zero ablation; `Replace(mean)`, with a mean over a dataset, is mean ablation.
+    """
+
+    value: jax.Array | float
     where: jax.Array | bool = True
 
     def __call__(self, value: jax.Array, hook: Hook) -> jax.Array:
         """The replacement, in the shape and dtype of `value`."""
         return jnp.where(self.where, jnp.asarray(self.value, value.dtype), value)
+
+
+@flax.struct.dataclass
+class Mean:
+    """Mean ablation by the batch itself: each value becomes the mean over the real tokens of all rows.
+
+    For sites with positions on their second axis, [b, p, ...]. Restricted by `only`, it is still the mean over all.
+    """
+
+    def __call__(self, value: jax.Array, hook: Hook) -> jax.Array:
+        """The mean [...] at every [b, p]."""
+        if axes_of(hook.name, value.ndim)[:2] != ["b", "p"]:
+            raise ValueError(f"{hook.name} has axes {site(hook.name).axes}; a mean over tokens needs b p first")
+        mask = jnp.ones(value.shape[:2], bool) if hook.attention_mask is None else hook.attention_mask.astype(bool)
+        real = mask.reshape(*mask.shape, *[1] * (value.ndim - 2))
+        mean = jnp.mean(_wide(value), axis=(0, 1), keepdims=True, where=real)
+        return jnp.broadcast_to(mean, value.shape).astype(value.dtype)
+
+
+@flax.struct.dataclass
+class ProjectOut:
+    """Remove the component along `direction` [..., d]: `value - (value . u) u`, with u of length 1 along it.
+
+    A direction of zeros removes nothing. Source: directional ablation (arXiv 2406.11717).
+    """
+
+    direction: jax.Array
+
+    def __call__(self, value: jax.Array, hook: Hook) -> jax.Array:
+        """The value [..., d], orthogonal to `direction`."""
+        x, unit = _wide(value), _unit(_wide(self.direction))
+        return (x - _along(x, unit) * unit).astype(value.dtype)
+
+
+@flax.struct.dataclass
+class Clamp:
+    """Hold the component `value . u` between `low` and `high`, with u of length 1 along `direction` [..., d].
+
+    The rest of the value stays. Bounds are numbers, or arrays that broadcast against the components [..., 1].
+    """
+
+    direction: jax.Array
+    low: jax.Array | float = -jnp.inf
+    high: jax.Array | float = jnp.inf
+
+    def __call__(self, value: jax.Array, hook: Hook) -> jax.Array:
+        """The value [..., d], moved along `direction` where its component was out of bounds."""
+        x, unit = _wide(value), _unit(_wide(self.direction))
+        component = _along(x, unit)
+        return (x + (jnp.clip(component, self.low, self.high) - component) * unit).astype(value.dtype)
+
+
+@flax.struct.dataclass
+class FromCache:
+    """The activation that another run had at the same site: one edit for every site that the cache holds.
+
+    `cache` is the `ActivationCache` of that run, or any mapping from canonical names to arrays of the sites' shapes.
+    Source: activation patching, also called causal tracing (arXiv 2202.05262).
+    """
+
+    cache: Mapping[str, jax.Array]
+
+    def __call__(self, value: jax.Array, hook: Hook) -> jax.Array:
+        """The other run's activation, in the dtype of `value`."""
+        if hook.name not in self.cache:
+            raise ValueError(f"the cache has no {hook.name}; capture it in the other run")
+        other = self.cache[hook.name]
+        if other.shape != value.shape:
+            raise ValueError(f"the cache has shape {other.shape} at {hook.name}; this run has {value.shape}")
+        return other.astype(value.dtype)
+
+
+@flax.struct.dataclass
+class FromRow:
+    """The activation of another row of the same batch: of `row`, or with [b] rows, of each row's own partner.
+
+    Place by place of the array: rows that are padded differently do not line up. A traced row that the batch does not
+    have gives NaN.
+    """
+
+    row: jax.Array | int
+
+    def __call__(self, value: jax.Array, hook: Hook) -> jax.Array:
+        """The other rows' activations, in the shape and dtype of `value`."""
+        # [b, ...] at [1] or [b]
+        other = value.at[jnp.atleast_1d(self.row)].get(mode="fill")
+        return jnp.broadcast_to(other, value.shape)
+
+
+@flax.struct.dataclass
+class Noise:
+    """`value + scale * n`, with n standard normal. Each site draws its own, from `key` and its name.
+
+    With `relative`, `scale` is in units of each value's root mean square over its last axis.
+    """
+
+    key: jax.Array
+    scale: jax.Array | float
+    relative: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def __call__(self, value: jax.Array, hook: Hook) -> jax.Array:
+        """The sum, in the shape and dtype of `value`."""
+        x = _wide(value)
+        noise = jax.random.normal(jax.random.fold_in(self.key, zlib.crc32(hook.name.encode())), x.shape)
+        if self.relative:
+            noise = noise * _norm(x) / x.shape[-1] ** 0.5
+        return (x + self.scale * noise).astype(value.dtype)
+
+
+def in_layout(edit: Edit, layout: str) -> Edit:
+    """The edit for a site whose value it sees in another layout, `layout` as in `InLayout`.
+
+    Restrictions, and edits that speak of a site's axes or name, keep to the table's layout; what is restricted, and
+    any other edit, sees the other one.
+    """
+    if isinstance(edit, Only):
+        return edit.replace(edit=in_layout(edit.edit, layout))  # type: ignore[attr-defined] # flax adds it
+    return edit if isinstance(edit, Mean | FromCache) else InLayout(edit, layout)
+
+
+def check(edit: Any, names: Sequence[str], config: Gemma3Config, shape: tuple[int, ...]) -> None:
+    """Refuse an edit that would act nowhere or out of range. Of what is being traced, only the shape can be checked.
+
+    Args:
+        edit: any edit; ready-made ones are checked.
+        names: canonical names of the sites where it is placed.
+        config: of the model.
+        shape: (b, p) of the input.
+
+    Raises:
+        ValueError: naming the restriction, its value and the site.
+    """
+    if isinstance(edit, Only):
+        check_only(edit, names, config, shape)
+        check(edit.edit, names, config, shape)
+    if isinstance(edit, FromRow):
+        row = as_index("row", edit.row, booleans=False)
+        if row.shape not in ((), (1,), shape[:1]):
+            raise ValueError(f"row has shape {row.shape}; it takes one row, or one for each of the {shape[0]}")
+        check_range("row", row, shape[0], names[0])
+
+
+def _wide(x: Any) -> jax.Array:
+    return jnp.asarray(x).astype(jnp.float32)
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    """[..., 1], the length of x [..., d]; its gradient is 0, not NaN, where x is."""
+    return optax.safe_norm(x, 0.0, axis=-1, keepdims=True)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """x [..., d] at length 1, zero where it has none; gradients are finite there too."""
+    # Scaled first, so that no square over- or underflows; a constant factor changes neither result nor gradient.
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    x = x / jnp.where(largest > 0, largest, 1)
+    length = _norm(x)
+    return x / jnp.where(length > 0, length, 1)
+
+
+def _along(x: jax.Array, unit: jax.Array) -> jax.Array:
+    # [..., d] . [..., d] -> [..., 1], a sum of float32 products on every platform
+    return jnp.sum(x * unit, axis=-1, keepdims=True)

@@ -6,12 +6,16 @@ from typing import Any, Literal, get_args
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from gemma3_jax.attention import Past
 from gemma3_jax.cache import ActivationCache
 from gemma3_jax.config import Gemma3Config
-from gemma3_jax.hooks import CAPTURES, Edit, InLayout, captured, interceptor
-from gemma3_jax.model import Gemma3, default_positions, one_input
+from gemma3_jax.edits import check
+from gemma3_jax.hooks import CAPTURES, Edit, InLayout, Phase, captured, interceptor
+from gemma3_jax.model import Gemma3, one_input
+from gemma3_jax.positions import default_positions
 from gemma3_jax.sites import Match, layer_of, select, site_names
 
 ReturnType = Literal["logits", "loss", "both", None]
@@ -29,7 +33,11 @@ def forward(
     *,
     positions: jax.Array | None = None,
     inputs_embeds: jax.Array | None = None,
+    start_at_layer: int | jax.Array | None = None,
     stop_at_layer: int | None = None,
+    logits_at: Any = None,
+    past: Sequence[Past] | None = None,
+    phase: Phase = "prompt",
     return_type: ReturnType = "logits",
 ) -> tuple[Any, ActivationCache]:
     """Run the model, capture and edit activations. Pure: `jit`, `vmap` and `grad` it as you like.
@@ -49,13 +57,19 @@ def forward(
         attention_mask: [b, p], 1 at real tokens and 0 at padding on either side.
         positions: [b, p] integer positions for the rotary embedding; by default they count the real tokens.
         inputs_embeds: [b, p, d] embeddings in place of `tokens`, scaled by sqrt(d) already (as Hugging Face has it).
+        start_at_layer: take `inputs_embeds` as the residual stream entering this block, and skip those before it.
+            May be traced, with one compilation for every layer; blocks' sites cannot be captured then.
         stop_at_layer: run only the blocks before this one and return the residual stream [b, p, d] entering it.
             Negative counts from the end.
+        logits_at: positions at which to compute logits, and nowhere else, [], [n] or [b, n]: counted over each row's
+            real tokens, -1 its last. The unembedding is about half of a small model's forward pass.
+        past: what a KV cache holds of the text that the tokens continue; see `gemma3_jax.generation.kv_cache`.
+        phase: told to the edits.
         return_type: "logits", "loss" (mean next-token cross-entropy, in nats, over real tokens), "both" or None.
 
     Returns:
-        What `return_type` asks for: logits [b, p, V] float32, loss [] float32, (logits, loss), or None; and the
-        captured values, indexed by any name of their site.
+        What `return_type` asks for: logits [b, p, V] float32 ([b, n, V] with `logits_at`), loss [] float32,
+        (logits, loss), or None; and the captured values, indexed by any name of their site.
 
     Raises:
         UnknownSite: a name in `capture` or `edits` that no site has.
@@ -74,9 +88,11 @@ def forward(
     """
     source = jnp.asarray(one_input(tokens, inputs_embeds))
     attention_mask, positions = (None if x is None else jnp.asarray(x) for x in (attention_mask, positions))
-    _check(config, source, attention_mask, positions, stop_at_layer, return_type)
-    names = captured_names(config, capture, stop_at_layer)
-    placed = _placed_edits(config, edits or {}, stop_at_layer)
+    _check(config, source, attention_mask, positions)
+    _check_extent(config, source, start_at_layer, stop_at_layer, logits_at, return_type)
+    logits_at = checked_logits_at(logits_at, source.shape[:2], stop_at_layer)
+    names = captured_names(config, capture, start_at_layer, stop_at_layer)
+    placed = _placed_edits(config, edits or {}, start_at_layer, stop_at_layer, source.shape[:2])
     if "embed" not in params:
         raise ValueError("params lack 'embed'; pass the pytree that `convert_checkpoint` returns, as it is")
     stop = _layers_needed(config, names) if return_type is None and stop_at_layer is None else stop_at_layer
@@ -85,13 +101,16 @@ def forward(
 
     model = Gemma3(config, watched=frozenset(names) | frozenset(placed), edited=frozenset(placed))
     # The interceptor is entered here, inside the function that gets traced: see `gemma3_jax.hooks`.
-    with nn.intercept_methods(interceptor(frozenset(names), placed, positions)):
+    with nn.intercept_methods(interceptor(frozenset(names), placed, positions, attention_mask, phase)):
         out, variables = model.apply(
             {"params": params},
             source,
             attention_mask=attention_mask,
             positions=positions,
+            start_at_layer=start_at_layer,
             stop_at_layer=stop,
+            logits_at=logits_at,
+            past=past,
             mutable=[CAPTURES],
         )
     values = captured(variables)
@@ -118,30 +137,48 @@ def next_token_loss(logits: jax.Array, tokens: jax.Array, attention_mask: jax.Ar
     return jnp.mean(losses, where=real[:, :-1] & real[:, 1:])
 
 
-def captured_names(config: Gemma3Config, capture: Capture, stop_at_layer: int | None = None) -> tuple[str, ...]:
+def captured_names(
+    config: Gemma3Config,
+    capture: Capture,
+    start_at_layer: int | jax.Array | None = None,
+    stop_at_layer: int | None = None,
+) -> tuple[str, ...]:
     """The canonical names of the sites that `capture` means, in the model's order.
 
     Raises:
         UnknownSite: a name that no site has.
-        ValueError: a name or glob of which no site runs before `stop_at_layer`.
+        ValueError: a name or glob of which no site runs between `start_at_layer` and `stop_at_layer`.
     """
     wanted = [capture] if isinstance(capture, str) or callable(capture) else capture
-    names = {match.name for each in wanted for match in _running(config, each, stop_at_layer)}
+    names = {match.name for each in wanted for match in _running(config, each, start_at_layer, stop_at_layer)}
+    inside = sorted(name for name in names if layer_of(name) is not None)
+    if inside and not isinstance(start_at_layer, int | None):
+        raise ValueError(f"{inside[0]} cannot be captured while start_at_layer is traced: its block may not run")
     return tuple(name for name in site_names(config) if name in names)
 
 
 def place(
-    config: Gemma3Config, wanted: Capture, edit: Edit, stop_at_layer: int | None = None
+    config: Gemma3Config,
+    wanted: Capture,
+    edit: Edit,
+    shape: tuple[int, ...],
+    start_at_layer: int | jax.Array | None = None,
+    stop_at_layer: int | None = None,
 ) -> list[tuple[str, Edit]]:
-    """The (canonical name, edit) pairs that an edit under that name, glob, list or predicate stands for."""
-    matches = _running(config, wanted, stop_at_layer)
+    """The (canonical name, edit) pairs that an edit under that name, glob, list or predicate stands for.
+
+    `shape` (b, p) is that of the input, for the check that the edit acts somewhere.
+    """
+    matches = _running(config, wanted, start_at_layer, stop_at_layer)
     if not callable(edit):
         where = matches[0].name if matches else wanted
         raise TypeError(f"the edit at {where} is {edit!r}; an edit is a callable, edit(value, hook) -> value")
+    if matches:
+        check(edit, [match.name for match in matches], config, shape)
     return [(m.name, edit if m.layout is None else InLayout(edit, m.layout)) for m in matches]
 
 
-def _check(config, source, attention_mask, positions, stop_at_layer, return_type) -> None:
+def _check(config, source, attention_mask, positions) -> None:
     is_tokens = jnp.issubdtype(source.dtype, jnp.integer)
     if is_tokens and source.ndim != 2:
         raise ValueError(f"tokens have shape {source.shape}; they must be [b, p]")
@@ -157,38 +194,76 @@ def _check(config, source, attention_mask, positions, stop_at_layer, return_type
             raise ValueError(f"{name} has shape {array.shape}; the input has {source.shape[:2]} (batch, position)")
     if positions is not None and not jnp.issubdtype(positions.dtype, jnp.integer):
         raise ValueError(f"positions are {positions.dtype}; they must be integers")
+
+
+def _check_extent(config, source, start_at_layer, stop_at_layer, logits_at, return_type) -> None:
+    is_tokens = jnp.issubdtype(source.dtype, jnp.integer)
     if return_type not in get_args(ReturnType):
         raise ValueError(f"return_type is {return_type!r}; it takes 'logits', 'loss', 'both' and None")
-    if return_type in ("loss", "both") and (not is_tokens or stop_at_layer is not None):
-        raise ValueError(f"return_type {return_type!r} needs tokens and the whole model (no stop_at_layer)")
+    if return_type in ("loss", "both") and (not is_tokens or stop_at_layer is not None or logits_at is not None):
+        raise ValueError(
+            f"return_type {return_type!r} needs tokens and the whole model: no stop_at_layer and no logits_at"
+        )
     if return_type in ("loss", "both") and source.shape[1] < 2:
         raise ValueError(f"return_type {return_type!r} needs two tokens at least; the input has {source.shape[1]}")
     layers = config.num_hidden_layers
-    if stop_at_layer is not None and not -layers <= stop_at_layer <= layers:
-        raise ValueError(f"stop_at_layer is {stop_at_layer}; the model has {layers} layers")
+    for name, layer in (("start_at_layer", start_at_layer), ("stop_at_layer", stop_at_layer)):
+        if isinstance(layer, int) and not -layers <= layer <= layers:
+            raise ValueError(f"{name} is {layer}; the model has {layers} layers")
+    if start_at_layer is not None and is_tokens:
+        raise ValueError("start_at_layer needs inputs_embeds: the residual stream [b, p, d] entering that layer")
 
 
-def _runs(config: Gemma3Config, name: str, stop_at_layer: int | None) -> bool:
-    """Whether a run that stops before that layer (None: a run of the whole model) comes by the site."""
-    if stop_at_layer is None:
-        return True
+def checked_logits_at(logits_at: Any, shape: tuple[int, ...], stop_at_layer: int | None) -> jax.Array | None:
+    """`logits_at` as an array that fits an input [b, p]; its range is checked where it is not being traced."""
+    if logits_at is None:
+        return None
+    b, p = shape
+    known = not isinstance(logits_at, jax.core.Tracer)
+    logits_at = np.asarray(logits_at) if known else logits_at
+    if stop_at_layer is not None:
+        raise ValueError("logits_at has no use with stop_at_layer, which computes no logits")
+    if not jnp.issubdtype(logits_at.dtype, jnp.integer) or logits_at.ndim > 2 or not logits_at.size:
+        raise ValueError(
+            f"logits_at is {logits_at.dtype} of shape {logits_at.shape}; it takes integers [], [n] or [b, n]"
+        )
+    if logits_at.ndim == 2 and logits_at.shape[0] != b:
+        raise ValueError(f"logits_at has {logits_at.shape[0]} rows; the input has {b}")
+    if known and (logits_at.min() < -p or logits_at.max() >= p):
+        raise ValueError(f"logits_at goes from {logits_at.min()} to {logits_at.max()}; the input has {p} positions")
+    return jnp.asarray(logits_at)
+
+
+def _runs(config: Gemma3Config, name: str, start: int | jax.Array | None, stop: int | None) -> bool:
+    """Whether a run of those layers (None: from the tokens, to the logits) comes by the site."""
     layer = layer_of(name)
-    return name.startswith("embed.") if layer is None else layer in range(config.num_hidden_layers)[:stop_at_layer]
+    if layer is None:
+        return start is None if name.startswith("embed.") else stop is None
+    # A traced start may be any.
+    return layer in range(config.num_hidden_layers)[start if isinstance(start, int) else None : stop]
 
 
-def _running(config: Gemma3Config, wanted: Capture, stop_at_layer: int | None) -> list[Match]:
-    matches = [match for match in select(wanted, config) if _runs(config, match.name, stop_at_layer)]
+def _running(config: Gemma3Config, wanted: Capture, start: int | jax.Array | None, stop: int | None) -> list[Match]:
+    matches = [match for match in select(wanted, config) if _runs(config, match.name, start, stop)]
     if not matches and not callable(wanted):
-        raise ValueError(f"{wanted} never runs: stop_at_layer is {stop_at_layer}")
+        extent = {"start_at_layer": start, "stop_at_layer": stop}
+        given = " and ".join(f"{name} is {layer}" for name, layer in extent.items() if layer is not None)
+        raise ValueError(f"{wanted} never runs: {given}")
     return matches
 
 
-def _placed_edits(config: Gemma3Config, edits: Edits, stop_at_layer: int | None) -> dict[str, tuple[Edit, ...]]:
+def _placed_edits(
+    config: Gemma3Config,
+    edits: Edits,
+    start_at_layer: int | jax.Array | None,
+    stop_at_layer: int | None,
+    shape: tuple[int, ...],
+) -> dict[str, tuple[Edit, ...]]:
     placed: dict[str, tuple[Edit, ...]] = {}
     for key, given in edits.items():
         pairs: dict[str, tuple[Edit, ...]] = {}
         for edit in given if isinstance(given, Sequence) else (given,):
-            for name, in_layout in place(config, key, edit, stop_at_layer):
+            for name, in_layout in place(config, key, edit, shape, start_at_layer, stop_at_layer):
                 pairs[name] = (*pairs.get(name, ()), in_layout)
         twice = sorted(set(pairs) & set(placed))
         if twice:
@@ -200,6 +275,6 @@ def _placed_edits(config: Gemma3Config, edits: Edits, stop_at_layer: int | None)
 
 def _layers_needed(config: Gemma3Config, names: Sequence[str]) -> int | None:
     """How many blocks produce those sites; None where one lies behind the last block."""
-    if not all(_runs(config, name, config.num_hidden_layers) for name in names):
+    if not all(_runs(config, name, None, config.num_hidden_layers) for name in names):
         return None
     return max((layer + 1 for name in names if (layer := layer_of(name)) is not None), default=0)

@@ -9,7 +9,7 @@ that is set around an already jitted function is ignored, silently.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import einops
 import flax.linen as nn
@@ -17,6 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+Phase = Literal["prompt", "generation"]
 CAPTURES = "captures"  # the Linen collection that holds captured values while the model runs
 
 
@@ -36,11 +37,15 @@ class Hook:
         name: canonical site name, such as "blocks.5.hook_out" (static).
         layer: block index, or None outside the blocks (static).
         positions: [b, p] int32, the absolute position of every token.
+        attention_mask: [b, p], 1 at real tokens; None where all are.
+        phase: "prompt", or "generation" for a token that the model itself has written (static).
     """
 
     name: str = flax.struct.field(pytree_node=False)
     layer: int | None = flax.struct.field(pytree_node=False)
     positions: jax.Array
+    attention_mask: jax.Array | None = None
+    phase: Phase = flax.struct.field(pytree_node=False, default="prompt")
 
 
 Edit = Callable[[jax.Array, Hook], jax.Array]
@@ -54,22 +59,46 @@ class InLayout:
     layout: str = flax.struct.field(pytree_node=False)
 
     def __call__(self, value: jax.Array, hook: Hook) -> jax.Array:
-        edited = apply_edit(self.edit, einops.rearrange(value, self.layout), hook)
+        edited = _call(self.edit, einops.rearrange(value, self.layout), hook)
         ours, theirs = self.layout.split(" -> ")
         axes = ours.removeprefix("... ").split()
         sizes = dict(zip(axes, value.shape[-len(axes) :], strict=True))
         return einops.rearrange(edited, f"{theirs} -> {ours}", **sizes)
 
 
-def apply_edit(edit: Edit, value: jax.Array, hook: Hook) -> jax.Array:
-    """Run one edit; its result must have the site's shape, and is cast to the site's dtype."""
-    edited = edit(value, hook)
+def apply_edits(edits: Sequence[Edit], value: jax.Array, hook: Hook) -> jax.Array:
+    """Run the edits of one site in order, in float32 where the site has less, and cast to the site's dtype once.
+
+    Each edit's result must have the site's shape.
+    """
+    narrow = jnp.issubdtype(value.dtype, jnp.floating) and value.dtype.itemsize < 4
+    edited = value.astype(jnp.float32) if edits and narrow else value
+    for edit in edits:
+        edited = _call(edit, edited, hook).astype(edited.dtype)
+    return edited.astype(value.dtype)
+
+
+def as_pytree(function: Any) -> Any:
+    """A callable that can be an argument of a jitted function: a plain function is wrapped, with no leaves.
+
+    `jax.jit` then compiles it in, by identity; one that is a pytree has its leaves traced.
+    """
+    plain = callable(function) and jax.tree_util.all_leaves([function])
+    return jax.tree_util.Partial(function) if plain else function
+
+
+def _call(edit: Edit, value: jax.Array, hook: Hook) -> jax.Array:
+    try:
+        edited = edit(value, hook)
+    except Exception as error:
+        error.add_note(f"in the edit at {hook.name}, which holds {value.dtype} of shape {value.shape}")
+        raise
     if edited is None:
         raise TypeError(f"the edit at {hook.name} returned None; it must return the value, changed or not")
     edited = jnp.asarray(edited)
     if edited.shape != value.shape:
         raise ValueError(f"the edit at {hook.name} returned shape {edited.shape}; the site holds {value.shape}")
-    return edited.astype(value.dtype)
+    return edited
 
 
 def site_of(module: nn.Module, *names: str) -> str:
@@ -78,7 +107,11 @@ def site_of(module: nn.Module, *names: str) -> str:
 
 
 def interceptor(
-    capture: frozenset[str], edits: Mapping[str, Sequence[Edit]], positions: jax.Array
+    capture: frozenset[str],
+    edits: Mapping[str, Sequence[Edit]],
+    positions: jax.Array,
+    attention_mask: jax.Array | None = None,
+    phase: Phase = "prompt",
 ) -> Callable[..., Any]:
     """Build the interceptor that edits, then captures, the sites that are named; all other calls pass through.
 
@@ -86,11 +119,12 @@ def interceptor(
         capture: canonical names of the sites to keep; their values go to the collection `CAPTURES`.
         edits: for each canonical name the edits to apply, in order.
         positions: [b, p] int32, handed to the edits.
+        attention_mask: [b, p] or None, handed to the edits.
+        phase: handed to the edits.
     """
 
     def visit(module: nn.Module, hook: str, site: str, value: Any) -> Any:
-        for edit in edits.get(site, ()):
-            value = apply_edit(edit, value, Hook(site, _layer(module), positions))
+        value = apply_edits(edits.get(site, ()), value, Hook(site, _layer(module), positions, attention_mask, phase))
         if site in capture:
             module.sow(CAPTURES, hook, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
         return value

@@ -4,15 +4,17 @@ Axes: b batch, p position, d hidden_size, f intermediate_size, h query heads, g 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gemma3_jax.attention import Attention, visible
+from gemma3_jax.attention import Attention, Past, visible
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.hooks import HookPoint, site_of
 from gemma3_jax.layers import Embed, Linear, RMSNorm, Unembed, rope_tables
+from gemma3_jax.positions import at_positions, default_positions
 
 
 class GatedMLP(nn.Module):
@@ -38,11 +40,13 @@ class Block(nn.Module):
     edited: frozenset[str]
 
     @nn.compact
-    def __call__(self, x: jax.Array, tables: tuple[jax.Array, jax.Array], seen: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, tables: tuple[jax.Array, jax.Array], seen: jax.Array, past: Past | None = None
+    ) -> jax.Array:
         c = self.config
         ln1 = RMSNorm(c.hidden_size, c.rms_norm_eps, name="ln1")
         attn_out = Attention(c, self.watched, self.edited, name="attn")(
-            ln1(x), tables, seen, self._head_changes(x, ln1)
+            ln1(x), tables, seen, self._head_changes(x, ln1), past
         )
         x = x + RMSNorm(c.hidden_size, c.rms_norm_eps, name="ln1_post")(attn_out)
         x = HookPoint(name="hook_resid_mid")(x)
@@ -105,7 +109,10 @@ class Gemma3(nn.Module):
         attention_mask: jax.Array | None = None,
         positions: jax.Array | None = None,
         inputs_embeds: jax.Array | None = None,
+        start_at_layer: int | jax.Array | None = None,
         stop_at_layer: int | None = None,
+        logits_at: jax.Array | None = None,
+        past: Sequence[Past] | None = None,
     ) -> jax.Array:
         """Run the model.
 
@@ -114,15 +121,22 @@ class Gemma3(nn.Module):
             attention_mask: [b, p], 1 at real tokens and 0 at padding, on either side.
             positions: [b, p] integer positions for the rotary embedding; by default `default_positions`.
             inputs_embeds: [b, p, d] floating-point embeddings in place of `tokens`, scaled already.
+            start_at_layer: skip the blocks before this one: `inputs_embeds` is the residual stream entering it. A
+                traced number skips them while the model runs, with one compilation for every layer.
             stop_at_layer: run only the blocks before this one.
+            logits_at: [], [n] or [b, n] positions at which to compute logits, and nowhere else; negative ones count
+                from each row's last real token. One that a row does not have gives NaN.
+            past: for each layer what the tokens see of a cache, whose text they continue; `positions` belong to it.
 
         Returns:
-            Logits [b, p, V] float32; with `stop_at_layer`, the residual stream [b, p, d] entering that layer.
+            Logits [b, p, V] float32, [b, n, V] with `logits_at`; with `stop_at_layer`, the residual stream [b, p, d]
+            entering that layer.
         """
         c = self.config
         embed = Embed((c.vocab_size, c.hidden_size), name="embed")
         # [b, p] -> [b, p, d]
-        x = embed(one_input(tokens, inputs_embeds))
+        x = one_input(tokens, inputs_embeds)
+        x = embed(x) if start_at_layer is None else x.astype(embed.weight.dtype)
         length = x.shape[1]
         if positions is None:
             positions = default_positions(x.shape[:2], attention_mask)
@@ -130,10 +144,13 @@ class Gemma3(nn.Module):
         tables = {kind: rope_tables(c.rope(kind), positions, c.head_dim) for kind in kinds}
         seen = {kind: visible(c, kind, length, attention_mask) for kind in kinds}
         for i, kind in enumerate(c.layer_types[:stop_at_layer]):
-            x = Block(c, self.watched, self.edited, name=f"blocks_{i}")(x, tables[kind], seen[kind])
+            block = Block(c, self.watched, self.edited, name=f"blocks_{i}")
+            x = _from_layer(start_at_layer, i, block, x, tables[kind], seen[kind], None if past is None else past[i])
         if stop_at_layer is not None:
             return x
         x = RMSNorm(c.hidden_size, c.rms_norm_eps, name="ln_final")(x)
+        if logits_at is not None:
+            x = _rows_at(x, at_positions(logits_at, positions, attention_mask))
         unembed = Unembed((c.hidden_size, c.vocab_size), name="unembed")
         # [b, p, d] -> [b, p, V]
         logits = unembed(x, embed.weight) if c.tie_word_embeddings else unembed(x)
@@ -149,9 +166,24 @@ def one_input(tokens: jax.Array | None, inputs_embeds: jax.Array | None) -> jax.
     return source
 
 
-def default_positions(shape: Sequence[int], attention_mask: jax.Array | None) -> jax.Array:
-    """[b, p] int32: 0, 1, 2, ... over the real tokens of each row, so that padding shifts nothing."""
-    b, p = shape
-    if attention_mask is None:
-        return jnp.broadcast_to(jnp.arange(p, dtype=jnp.int32), (b, p))
-    return jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=-1) - 1, 0)
+def _from_layer(
+    start: int | jax.Array | None,
+    layer: int,
+    block: Block,
+    x: jax.Array,
+    *context: Any,
+) -> jax.Array:
+    """The block's output, or `x` itself where the block lies before `start`."""
+    if start is None or (isinstance(start, int) and start <= layer):
+        return block(x, *context)
+    if isinstance(start, int):
+        return x
+    return nn.cond(layer >= start, lambda block, x: block(x, *context), lambda block, x: x, block, x)
+
+
+def _rows_at(x: jax.Array, chosen: jax.Array) -> jax.Array:
+    """[b, n, d]: the rows of x [b, p, d] that are chosen [b, n, p], NaN where none is."""
+    # [b, n, 1]
+    index = jnp.argmax(chosen, axis=-1)[..., None]
+    found = jnp.any(chosen, axis=-1)[..., None]
+    return jnp.where(found, jnp.take_along_axis(x, index, axis=1), jnp.nan)

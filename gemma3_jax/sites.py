@@ -240,6 +240,18 @@ def _block() -> list[Site]:
     ]
 
 
+# TransformerLens' words, in its shorthand, for the hooks and the parts of a block that have another name in the table.
+_HOOK_WORDS = {
+    "attn": "pattern",
+    "attn_logits": "attn_scores",
+    "key": "k",
+    "query": "q",
+    "value": "v",
+    "mlp_pre": "pre",
+    "mlp_post": "post",
+}
+_PART_WORDS = {"a": "attn", "attention": "attn", "m": "mlp", "b": "", "block": "", "blocks": ""}
+
 # Every site, in the order in which the model computes them; rows with {i} stand for one site per block.
 SITES: tuple[Site, ...] = (
     _site("embed.hook_in", "b p", "token ids", "everything", hf="model.embed_tokens.input", dtype="int32"),
@@ -276,6 +288,18 @@ def site(name: str) -> Site:
     return _rows()[re.sub(r"^blocks\.\d+", "blocks.{i}", name)]
 
 
+def shape_of(name: str, config: Gemma3Config, b: int, p: int) -> tuple[int, ...]:
+    """The shape that a site's value has for b rows of p tokens."""
+    return tuple(axis_size(letter, config, b, p) for letter in site(name).axes.split())
+
+
+def axis_size(letter: str, config: Gemma3Config, b: int, p: int) -> int:
+    """The length of the axis that the letter (or "1") stands for, for b rows of p tokens."""
+    sizes = {"1": 1, "b": b, "p": p, "k": p, "h": config.num_attention_heads, "g": config.num_key_value_heads}
+    sizes |= {"e": config.head_dim, "d": config.hidden_size, "f": config.intermediate_size, "V": config.vocab_size}
+    return sizes[letter]
+
+
 def layer_of(name: str) -> int | None:
     """The block index in a canonical name, or None outside the blocks."""
     found = re.match(r"blocks\.(\d+)\.", name)
@@ -294,6 +318,36 @@ def resolve(name: str, config: Gemma3Config) -> Match:
         hint = _nearest(_one_prefix(name), known)
         raise UnknownSite(f"no site is named {name!r} in this model of {config.num_hidden_layers} layers; {hint}")
     return found
+
+
+def get_act_name(
+    name: str, layer: int | None = None, layer_type: str | None = None, *, config: Gemma3Config | None = None
+) -> str:
+    """The canonical name that TransformerLens' shorthand stands for.
+
+    Args:
+        name: a site's canonical or legacy name from behind `hook_` on: "resid_post", "q", "scale", "out".
+        layer: block index; None for the sites outside the blocks. Negative ones count from the end.
+        layer_type: the component that has the site, "ln1", "attn", "attn.q_norm" or "q_norm"; "" for the block's own.
+            Needed where several components of a block have a site of that name.
+        config: shape of the model, to count negative layers and to check that the layer exists.
+
+    Raises:
+        UnknownSite: the shorthand stands for no site, or for several; or the model has no such layer.
+
+    >>> get_act_name("q", 3), get_act_name("scale", 0, "ln1"), get_act_name("embed")
+    ('blocks.3.attn.q.hook_out', 'blocks.0.ln1.hook_scale', 'embed.hook_out')
+    """
+    short = _HOOK_WORDS.get(name, name)
+    part = layer_type and _PART_WORDS.get(layer_type, layer_type)
+    known = [entry for entry in _shorthands() if entry.in_block == (layer is not None)]
+    found = {e.name for e in known if e.short == short and part in (None, e.part, e.part.split(".")[-1])}
+    written = ", ".join(repr(word) for word in (name, layer, layer_type) if word is not None)
+    if not found:
+        raise UnknownSite(f"({written}) stands for no site; {_shorthand_hint(short, known)}")
+    if len(found) > 1:
+        raise UnknownSite(f"({written}) stands for several sites: {', '.join(sorted(found))}; name the part as well")
+    return found.pop().replace("{i}", str(_checked_layer(layer, config)))
 
 
 def select(wanted: str | Iterable[str] | Callable[[str], bool], config: Gemma3Config) -> tuple[Match, ...]:
@@ -336,6 +390,50 @@ def _expand(name: str, config: Gemma3Config) -> list[Match]:
             f"no site matches {name!r} (`*` stays within one dot-separated part, `**` crosses parts); {hint}"
         )
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shorthand:
+    """One way to write a row of the table in short: `blocks.{i}.{part}.hook_{short}`, or without the block."""
+
+    in_block: bool
+    part: str
+    short: str
+    name: str
+
+
+@functools.cache
+def _shorthands() -> tuple[_Shorthand, ...]:
+    """Of every canonical and legacy name."""
+    pattern = re.compile(r"(blocks\.\{i\}\.)?(?:(.+)\.)?hook_(.+)")
+    names = [(alias, row.name) for row in SITES for alias in (row.name, row.legacy) if alias]
+    parsed = [(pattern.fullmatch(alias), name) for alias, name in names]
+    return tuple(_Shorthand(bool(found[1]), found[2] or "", found[3], name) for found, name in parsed if found)
+
+
+def _shorthand_hint(short: str, known: Iterable[_Shorthand]) -> str:
+    """What might have been meant by a shorthand that is not among the known ones of its kind, in a block or outside."""
+    parts = [repr(entry.part) for entry in known if entry.short == short]
+    if parts:
+        return f"{short!r} is a site of {', '.join(dict.fromkeys(parts))}"
+    if any(entry.short == short for entry in _shorthands()):
+        inside = any(entry.in_block for entry in known)
+        return (
+            f"{short!r} lies {'outside the blocks: leave the layer out' if inside else 'in the blocks: give a layer'}"
+        )
+    return _nearest(short, dict.fromkeys(entry.short for entry in known))
+
+
+def _checked_layer(layer: int | None, config: Gemma3Config | None) -> int | None:
+    """The layer counted from the first."""
+    if layer is None:
+        return None
+    layers = None if config is None else config.num_hidden_layers
+    if layers is None and layer < 0:
+        raise UnknownSite(f"layer {layer} counts from the end: pass the model's config as well")
+    if layers is not None and not -layers <= layer < layers:
+        raise UnknownSite(f"there is no layer {layer} in this model of {layers} layers")
+    return layer if layers is None else range(layers)[layer]
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

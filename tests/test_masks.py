@@ -14,7 +14,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding, ap
 from gemma3_jax import Gemma3Config, Rope
 from gemma3_jax.attention import visible
 from gemma3_jax.layers import rope_tables, rotate
-from gemma3_jax.model import default_positions
+from gemma3_jax.positions import default_positions
 
 CONFIG = Gemma3Config.from_hf(hf_config())
 KINDS = ("sliding_attention", "full_attention")
