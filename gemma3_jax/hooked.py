@@ -15,9 +15,9 @@ from jax.typing import DTypeLike
 
 from gemma3_jax.cache import ActivationCache
 from gemma3_jax.config import Gemma3Config
-from gemma3_jax.forward import Capture, ReturnType, captured_names, forward, place
-from gemma3_jax.hooks import Edit
-from gemma3_jax.sites import site
+from gemma3_jax.forward import Capture, ReturnType, captured_names, checked_logits_at, forward, place
+from gemma3_jax.gradients import Metric, grad_at
+from gemma3_jax.hooks import Edit, as_pytree
 
 Input = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
 Hooks = Sequence[tuple[Capture, Edit]]
@@ -85,9 +85,10 @@ class HookedGemma3:
         *,
         stop_at_layer: int | None = None,
         attention_mask: Any = None,
+        logits_at: Any = None,
     ) -> Any:
         """Run the model: logits [b, p, V] float32, or what `return_type` asks for. Arguments as in `run_with_cache`."""
-        return self._run(input, (), (), return_type, stop_at_layer, attention_mask)[0]
+        return self._run(input, (), (), return_type, stop_at_layer, attention_mask, logits_at)[0]
 
     def run_with_cache(
         self,
@@ -97,10 +98,13 @@ class HookedGemma3:
         return_type: ReturnType = "logits",
         stop_at_layer: int | None = None,
         attention_mask: Any = None,
+        logits_at: Any = None,
         remove_batch_dim: bool = False,
         pos_slice: int | slice | None = None,
+        incl_bwd: bool = False,
+        loss_fn: Metric | None = None,
     ) -> tuple[Any, ActivationCache]:
-        """Run the model and keep activations.
+        """Run the model and keep activations, and with `incl_bwd` their gradients.
 
         Args:
             input: text, texts, or token ids.
@@ -110,16 +114,28 @@ class HookedGemma3:
                 further than the last kept site needs.
             stop_at_layer: run only the blocks before this one and return the residual stream entering it.
             attention_mask: [b, p], 1 at real tokens; made for you when the input is text.
+            logits_at: positions at which to compute logits, and nowhere else, [], [n] or [b, n]: counted over each
+                row's real tokens, -1 its last.
             remove_batch_dim: drop the batch axis of the kept activations; the batch must be 1.
             pos_slice: keep only these positions of every site that has them (an int keeps its axis, of length 1).
                 Sliced on the device, before anything leaves it.
+            incl_bwd: also keep the gradient of `loss_fn` at every kept site: `cache.grads[name]`. The first result is
+                then the value of `loss_fn`. See `grad_at`, which is the pure function below this.
+            loss_fn: `loss_fn(logits) -> []`, any scalar; by default the mean next-token cross-entropy. Like an edit a
+                plain function is compiled in; values that change go in a `jax.tree_util.Partial`.
 
         Returns:
             (what `return_type` asks for, `ActivationCache`).
         """
         keep = names_filter if names_filter is not None else "**"
         options = remove_batch_dim, _as_tuple(pos_slice)
-        return self._run(input, keep, (), return_type, stop_at_layer, attention_mask, *options)
+        if incl_bwd:
+            if return_type != "logits":
+                raise ValueError(f"return_type is {return_type!r}; with incl_bwd the result is the value of loss_fn")
+            return self._run_backward(input, keep, loss_fn, stop_at_layer, attention_mask, logits_at, *options)
+        if loss_fn is not None:
+            raise ValueError("loss_fn is used with incl_bwd=True only")
+        return self._run(input, keep, (), return_type, stop_at_layer, attention_mask, logits_at, *options)
 
     def run_with_hooks(
         self,
@@ -130,6 +146,7 @@ class HookedGemma3:
         return_type: ReturnType = "logits",
         stop_at_layer: int | None = None,
         attention_mask: Any = None,
+        logits_at: Any = None,
         remove_batch_dim: bool = False,
         pos_slice: int | slice | None = None,
     ) -> Any:
@@ -149,7 +166,7 @@ class HookedGemma3:
         """
         options = remove_batch_dim, _as_tuple(pos_slice)
         keep = () if names_filter is None else names_filter
-        out, cache = self._run(input, keep, fwd_hooks, return_type, stop_at_layer, attention_mask, *options)
+        out, cache = self._run(input, keep, fwd_hooks, return_type, stop_at_layer, attention_mask, logits_at, *options)
         return out if names_filter is None else (out, cache)
 
     def encode(self, input: Input, attention_mask: Any = None) -> tuple[jax.Array, jax.Array | None]:
@@ -205,6 +222,16 @@ class HookedGemma3:
             raise ValueError(f"{string!r} is {len(ids)} tokens, {self._spell(ids)}; a single one was asked for")
         return ids[0]
 
+    def tokens_to_residual_directions(self, tokens: Any) -> jax.Array:
+        """The unembedding's direction of each token: [d] of an id or a one-token text, [..., d] of ids [...].
+
+        A final residual stream's product with it, behind the final norm, is the token's logit.
+        """
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        # [d, V] at [...] -> [d, ...] -> [..., d]
+        return jnp.moveaxis(self.W_U.at[:, jnp.asarray(tokens)].get(mode="fill", fill_value=jnp.nan), 0, -1)
+
     @property
     def W_E(self) -> jax.Array:
         """[V, d] embedding as stored: the model multiplies its rows by sqrt(d)."""
@@ -251,25 +278,52 @@ class HookedGemma3:
         return self._stacked("mlp", "out")
 
     def _run(
-        self, input, keep, hooks, return_type, stop_at_layer, attention_mask, remove_batch_dim=False, pos_slice=None
+        self,
+        input,
+        keep,
+        hooks,
+        return_type,
+        stop_at_layer,
+        attention_mask,
+        logits_at,
+        remove_batch_dim=False,
+        pos_slice=None,
     ) -> tuple[Any, ActivationCache]:
         tokens, mask = self.encode(input, attention_mask)
-        if remove_batch_dim and tokens.shape[0] != 1:
-            raise ValueError(f"remove_batch_dim needs a batch of 1; this one has {tokens.shape[0]} rows")
-        if pos_slice is not None and not range(tokens.shape[1])[slice(*pos_slice)]:
-            raise ValueError(f"pos_slice selects no position of the {tokens.shape[1]} that the input has")
-        return _compiled(
+        _check_slices(tokens, remove_batch_dim, pos_slice, logits_at)
+        out, cache = _compiled(
             self.config,
             self.params,
             tokens,
-            _edits(self.config, hooks, stop_at_layer),
+            _edits(self.config, hooks, tokens.shape, stop_at_layer),
             mask,
-            capture=captured_names(self.config, keep, stop_at_layer),
+            checked_logits_at(logits_at, tokens.shape, stop_at_layer),
+            capture=captured_names(self.config, keep, stop_at_layer=stop_at_layer),
             return_type=return_type,
             stop_at_layer=stop_at_layer,
             remove_batch_dim=remove_batch_dim,
             pos_slice=pos_slice,
         )
+        return out, cache.with_params(self.params)
+
+    def _run_backward(
+        self, input, keep, loss_fn, stop_at_layer, attention_mask, logits_at, remove_batch_dim, pos_slice
+    ) -> tuple[jax.Array, ActivationCache]:
+        tokens, mask = self.encode(input, attention_mask)
+        _check_slices(tokens, remove_batch_dim, pos_slice, logits_at)
+        value, cache = _compiled_backward(
+            self.config,
+            self.params,
+            tokens,
+            as_pytree(loss_fn),
+            mask,
+            checked_logits_at(logits_at, tokens.shape, stop_at_layer),
+            capture=captured_names(self.config, keep, stop_at_layer=stop_at_layer),
+            stop_at_layer=stop_at_layer,
+            remove_batch_dim=remove_batch_dim,
+            pos_slice=pos_slice,
+        )
+        return value, cache.with_params(self.params)
 
     def _ids_of(self, input: Input) -> tuple[jax.Array, jax.Array | None]:
         if isinstance(input, str) or (isinstance(input, Sequence) and input and isinstance(input[0], str)):
@@ -329,11 +383,23 @@ class HookedGemma3:
         return jnp.stack([self.params[f"blocks_{i}"][part][name]["weight"] for i in layers])
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "capture", "return_type", "stop_at_layer", "remove_batch_dim", "pos_slice")
-)
+_STATIC = ("config", "capture", "return_type", "stop_at_layer", "remove_batch_dim", "pos_slice")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
 def _compiled(
-    config, params, tokens, edits, attention_mask, *, capture, return_type, stop_at_layer, remove_batch_dim, pos_slice
+    config,
+    params,
+    tokens,
+    edits,
+    attention_mask,
+    logits_at,
+    *,
+    capture,
+    return_type,
+    stop_at_layer,
+    remove_batch_dim,
+    pos_slice,
 ):
     """`forward` under jit, shared by all models: what is captured, and which sites are edited, is part of its key."""
     out, cache = forward(
@@ -343,20 +409,53 @@ def _compiled(
         capture,
         edits,
         attention_mask,
+        logits_at=logits_at,
         stop_at_layer=stop_at_layer,
         return_type=return_type,
     )
-    values = {name: _cut(name, value, pos_slice, remove_batch_dim) for name, value in cache.items()}
-    return out, ActivationCache(config, values)
+    return out, _cut_all(cache, pos_slice, remove_batch_dim)
 
 
-def _cut(name: str, value: jax.Array, pos_slice: tuple | None, remove_batch_dim: bool) -> jax.Array:
-    axes = site(name).axes.split()
-    if pos_slice is not None:
-        # hook_rot_k has its positions on the key axis
-        axis = axes.index("p" if "p" in axes else "k")
-        value = value[(slice(None),) * axis + (slice(*pos_slice),)]
-    return value[0] if remove_batch_dim else value
+@functools.partial(jax.jit, static_argnames=tuple(name for name in _STATIC if name != "return_type"))
+def _compiled_backward(
+    config,
+    params,
+    tokens,
+    loss_fn,
+    attention_mask,
+    logits_at,
+    *,
+    capture,
+    stop_at_layer,
+    remove_batch_dim,
+    pos_slice,
+):
+    """`grad_at` under jit."""
+    value, cache = grad_at(
+        config,
+        params,
+        tokens,
+        capture,
+        loss_fn,
+        attention_mask=attention_mask,
+        logits_at=logits_at,
+        stop_at_layer=stop_at_layer,
+    )
+    return value, _cut_all(cache, pos_slice, remove_batch_dim)
+
+
+def _cut_all(cache: ActivationCache, pos_slice: tuple | None, remove_batch_dim: bool) -> ActivationCache:
+    cut = cache if pos_slice is None else cache.sliced(positions=slice(*pos_slice))
+    return cut.remove_batch_dim() if remove_batch_dim else cut
+
+
+def _check_slices(tokens: jax.Array, remove_batch_dim: bool, pos_slice: tuple | None, logits_at: Any) -> None:
+    if pos_slice is not None and logits_at is not None:
+        raise ValueError("pos_slice and logits_at both choose positions of the logits' sites; give one of them")
+    if remove_batch_dim and tokens.shape[0] != 1:
+        raise ValueError(f"remove_batch_dim needs a batch of 1; this one has {tokens.shape[0]} rows")
+    if pos_slice is not None and not range(tokens.shape[1])[slice(*pos_slice)]:
+        raise ValueError(f"pos_slice selects no position of the {tokens.shape[1]} that the input has")
 
 
 def _as_tuple(pos_slice: int | slice | None) -> tuple[int | None, int | None, int | None] | None:
@@ -366,12 +465,13 @@ def _as_tuple(pos_slice: int | slice | None) -> tuple[int | None, int | None, in
     return None if pos_slice is None else (pos_slice, pos_slice + 1 or None, None)
 
 
-def _edits(config: Gemma3Config, hooks: Hooks, stop_at_layer: int | None) -> dict[str, list[Edit]]:
+def _edits(
+    config: Gemma3Config, hooks: Hooks, shape: tuple[int, ...], stop_at_layer: int | None
+) -> dict[str, list[Edit]]:
     """The pairs by canonical name, in their order, each edit a pytree that can cross into a jitted function."""
     edits: dict[str, list[Edit]] = {}
     for wanted, edit in hooks:
-        if jax.tree_util.all_leaves([edit]):
-            edit = jax.tree_util.Partial(edit)
-        for name, placed in place(config, wanted, edit, stop_at_layer):
+        edit = as_pytree(edit)
+        for name, placed in place(config, wanted, edit, shape, stop_at_layer=stop_at_layer):
             edits.setdefault(name, []).append(placed)
     return edits
