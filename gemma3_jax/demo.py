@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gemma3_jax import pictures
 from gemma3_jax.hooked import HookedGemma3
 
 
@@ -46,21 +47,9 @@ def attention_patterns(model: HookedGemma3, tokens: np.ndarray) -> np.ndarray:
 
 
 def draw_heads(model: HookedGemma3, tokens: np.ndarray, heads: list[tuple[int, int]], file: Path) -> None:
-    """Write a PNG with the attention pattern of each (layer, head) on the first row of `tokens`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Write a picture, PNG or HTML, with the attention pattern of each (layer, head) on the first row of `tokens`."""
     patterns = attention_patterns(model, tokens[:1])
-    labels = model.to_str_tokens(tokens[0])
-    figure = Figure(figsize=(5.2 * len(heads), 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (layer, head) in zip(figure.subplots(1, len(heads), squeeze=False)[0], heads, strict=True):
-        image = axes.imshow(patterns[layer, 0, head], cmap="Blues", vmin=0, vmax=1)
-        reach = "local" if model.config.layer_types[layer] == "sliding_attention" else "global"
-        axes.set_title(f"layer {layer} ({reach}), head {head}")
-        axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)
-        axes.set_yticks(range(len(labels)), labels, fontsize=6)
-        axes.set_xlabel("key")
-        axes.set_ylabel("query")
-    figure.colorbar(image, ax=figure.axes, label="attention", shrink=0.7)
-    figure.savefig(file, dpi=120)
+    # [L, b, h, p, k] -> [n, p, k]
+    chosen = [patterns[layer, 0, head] for layer, head in heads]
+    labels = [str(token) for token in model.to_str_tokens(tokens[0])]
+    pictures.attention_patterns(chosen, labels, heads, model.config, title="Induction heads").save(file)
