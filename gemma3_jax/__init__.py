@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
-from gemma3_jax import edits
+from gemma3_jax import analysis, edits, pictures
+from gemma3_jax.analysis import FactoredMatrix, patching
 from gemma3_jax.cache import ActivationCache
 from gemma3_jax.config import ConfigError, Gemma3Config, Rope
 from gemma3_jax.forward import forward, next_token_loss
+from gemma3_jax.gradients import grad_at
 from gemma3_jax.hooked import HookedGemma3
 from gemma3_jax.hooks import Hook, HookPoint
 from gemma3_jax.model import Gemma3
-from gemma3_jax.sites import UnknownSite, site_names
+from gemma3_jax.sites import UnknownSite, get_act_name, site_names
 
 # The trained model that comes with the package: a checkpoint directory like any other.
 TINY = Path(__file__).with_name("tiny")
@@ -18,6 +20,7 @@ __all__ = [
     "TINY",
     "ActivationCache",
     "ConfigError",
+    "FactoredMatrix",
     "Gemma3",
     "Gemma3Config",
     "Hook",
@@ -25,8 +28,13 @@ __all__ = [
     "HookedGemma3",
     "Rope",
     "UnknownSite",
+    "analysis",
     "edits",
     "forward",
+    "get_act_name",
+    "grad_at",
     "next_token_loss",
+    "patching",
+    "pictures",
     "site_names",
 ]

@@ -1,0 +1,212 @@
+"""`FactoredMatrix`: a product of two thin matrices that is never multiplied out.
+
+The circuits of an attention head are [d, d] matrices of rank head_dim: at the 1b shape one is 5 MB in float32 and its
+factors are a fifth of that each, and what is asked about it (norm, singular values, eigenvalues) takes only matrices
+of the inner size.
+
+Axes: m and n the sizes of the product, r the inner one; `...` batch axes, such as layers and heads.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma3_jax.layers import matmul
+
+
+@flax.struct.dataclass
+class FactoredMatrix:
+    """The matrix A @ B [..., m, n], held as A [..., m, r] and B [..., r, n]; a pytree of the two.
+
+    Batch axes of A and B broadcast. With `@` on either side of a matrix (or of a batch of them) or of another
+    FactoredMatrix it gives a FactoredMatrix, with a vector [n] (or [m] from the left) a vector. With `*` it is scaled
+    by a number, or by one number for each batch entry. Products have the factors' dtype; decompositions are float32.
+    Memory: each result is computed afresh, and takes what its docstring says for every batch entry.
+
+    Attributes:
+        A: [..., m, r] array.
+        B: [..., r, n] array.
+
+    Raises:
+        ValueError: A and B do not have the same inner size.
+
+    >>> import jax.numpy as jnp
+    >>> from gemma3_jax.analysis import FactoredMatrix
+    >>> product = FactoredMatrix(jnp.ones((2, 50, 3)), jnp.ones((3, 40)))
+    >>> product.shape, product[0].norm().round(2), (product @ jnp.ones(40)).shape
+    ((2, 50, 40), Array(134.16, dtype=float32), (2, 50))
+    """
+
+    A: jax.Array
+    B: jax.Array
+
+    __array_ufunc__ = None  # so that a numpy array on the left of `@` or `*` leaves the operation to this class
+
+    def __post_init__(self):
+        shapes = [np.shape(factor) if hasattr(factor, "shape") else () for factor in (self.A, self.B)]
+        # As a pytree it may hold anything for a while, such as the axes that vmap is told.
+        if all(len(shape) > 1 for shape in shapes) and shapes[0][-1] != shapes[1][-2]:
+            raise ValueError(f"A {shapes[0]} and B {shapes[1]} have no product: A's last axis must be B's last but one")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(..., m, n), of the product."""
+        return *self._batch, self.A.shape[-2], self.B.shape[-1]
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the product."""
+        return len(self.shape)
+
+    @property
+    def mdim(self) -> int:
+        """r, the inner size, which bounds the rank of the product."""
+        return self.A.shape[-1]
+
+    @property
+    def AB(self) -> jax.Array:
+        """[..., m, n], the product itself. This is the memory that the class is there to save."""
+        return _product(self.A, self.B)
+
+    @property
+    def BA(self) -> jax.Array:
+        """[..., r, r], the product the other way round, which has the same nonzero eigenvalues; needs m = n."""
+        self._need_square("BA")
+        return _product(self.B, self.A)
+
+    @property
+    def T(self) -> "FactoredMatrix":
+        """[..., n, m], the transpose."""
+        return FactoredMatrix(self.B.mT, self.A.mT)
+
+    def collapse_l(self) -> jax.Array:
+        """[..., r, n] float32: the product less an orthogonal factor on its left.
+
+        It keeps the right singular vectors, the singular values and every norm of `self @ X`. (r is m where m < r.)
+        """
+        return _product(_triangle(self.A), _float32(self.B))
+
+    def collapse_r(self) -> jax.Array:
+        """[..., m, r] float32: the product less an orthogonal factor on its right; see `collapse_l`."""
+        return self.T.collapse_l().mT
+
+    def norm(self) -> jax.Array:
+        """[...] float32, the Frobenius norm. Memory: the factors again, and [r, r]."""
+        return jnp.linalg.norm(_product(_triangle(self.A), _triangle(self.B.mT).mT), axis=(-2, -1))
+
+    def svd(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """U [..., m, r], S [..., r] in descending order and Vh [..., r, n], float32, with `U * S @ Vh` the product.
+
+        By QR of both factors and the decomposition of an [r, r] matrix. (r is the least of m, n and r.)
+        Memory: twice the factors.
+        """
+        left, left_triangle = jnp.linalg.qr(_float32(self.A))
+        right, right_triangle = jnp.linalg.qr(_float32(self.B).mT)
+        # [..., r, r]
+        U, S, Vh = jnp.linalg.svd(_product(left_triangle, right_triangle.mT), full_matrices=False)
+        return _product(left, U), S, _product(Vh, right.mT)
+
+    @property
+    def U(self) -> jax.Array:
+        """[..., m, r], left singular vectors in columns."""
+        return self.svd()[0]
+
+    @property
+    def S(self) -> jax.Array:
+        """[..., r], singular values, descending. The product's others are 0."""
+        return self.svd()[1]
+
+    @property
+    def Vh(self) -> jax.Array:
+        """[..., r, n], right singular vectors in rows. (TransformerLens' `Vh` is the transpose of it.)"""
+        return self.svd()[2]
+
+    @property
+    def eigenvalues(self) -> jax.Array:
+        """[..., r] complex64, in no order; the product's others are 0. Needs m = n. (r is m where m < r.)
+
+        Those of the [r, r] matrix BA. XLA has no nonsymmetric eigenvalues on a TPU: there numpy computes them on the
+        host, which has no derivative.
+        """
+        self._need_square("eigenvalues")
+        small = self.BA if self.mdim <= self.A.shape[-2] else self.AB
+        return jax.lax.platform_dependent(_float32(small), tpu=_eigenvalues_on_host, default=jnp.linalg.eigvals)
+
+    def trace(self) -> jax.Array:
+        """[...] float32, the sum of the diagonal; needs m = n."""
+        self._need_square("trace")
+        # [..., m, r] * [..., m, r] -> [...]
+        return jnp.sum(_float32(self.A) * _float32(self.B).mT, axis=(-2, -1))
+
+    def __getitem__(self, index: Any) -> "FactoredMatrix":
+        """The FactoredMatrix of some batch entries: `circuit[layer, head]`; not of rows or columns, which are `AB`'s.
+
+        A traced index outside the batch gives NaN.
+
+        Raises:
+            IndexError: there is no such entry, or no such batch axis.
+        """
+        index = index if isinstance(index, tuple) else (index,)
+        if not any(isinstance(each, jax.core.Tracer) for each in index):
+            # jax would clamp an index that is too large
+            np.broadcast_to(0, self._batch)[index]
+        inner = () if any(each is Ellipsis for each in index) else (Ellipsis,)
+        where = (*index, *inner, slice(None), slice(None))
+
+        def entries(factor: jax.Array) -> jax.Array:
+            whole = jnp.broadcast_to(factor, (*self._batch, *factor.shape[-2:]))
+            return whole.at[where].get(mode="fill", fill_value=jnp.nan)
+
+        return FactoredMatrix(entries(self.A), entries(self.B))
+
+    def __matmul__(self, other: Any) -> Any:
+        if isinstance(other, FactoredMatrix):
+            # [..., r, n] x [..., n, s] -> [..., r, s]
+            middle = _product(self.B, other.A)
+            if self.mdim <= other.mdim:
+                return FactoredMatrix(self.A, _product(middle, other.B))
+            return FactoredMatrix(_product(self.A, middle), other.B)
+        other = jnp.asarray(other)
+        if other.ndim == 1:
+            return _product(self.A, _product(self.B, other[:, None]))[..., 0]
+        return FactoredMatrix(self.A, _product(self.B, other))
+
+    def __rmatmul__(self, other: Any) -> Any:
+        return (self.T @ jnp.asarray(other).mT).T if np.ndim(other) > 1 else self.T @ other
+
+    def __mul__(self, scale: Any) -> "FactoredMatrix":
+        # [...] -> [..., 1, 1]
+        return FactoredMatrix(self.A * jnp.asarray(scale)[..., None, None], self.B)
+
+    __rmul__ = __mul__
+
+    @property
+    def _batch(self) -> tuple[int, ...]:
+        return np.broadcast_shapes(self.A.shape[:-2], self.B.shape[:-2])
+
+    def _need_square(self, what: str) -> None:
+        if self.shape[-2] != self.shape[-1]:
+            raise ValueError(f"{what} needs a square matrix; this one is {self.shape[-2]} x {self.shape[-1]}")
+
+
+def _float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    # [..., m, r] x [..., r, n] -> [..., m, n]
+    dtype = jnp.result_type(x, y)
+    return matmul("...mr,...rn->...mn", x.astype(dtype), y.astype(dtype))
+
+
+def _triangle(x: jax.Array) -> jax.Array:
+    """[..., min(m, r), r]: R of x = Q R."""
+    return jnp.linalg.qr(_float32(x), mode="r")
+
+
+def _eigenvalues_on_host(x: jax.Array) -> jax.Array:
+    shape = jax.ShapeDtypeStruct(x.shape[:-1], jnp.complex64)
+    return jax.pure_callback(lambda x: np.linalg.eigvals(x).astype(np.complex64), shape, x, vmap_method="broadcast_all")
