@@ -1,6 +1,7 @@
 """What the documentation says is true today: examples run and print what is shown, generated pages are current."""
 
 import contextlib
+import functools
 import io
 import re
 import runpy
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import gemma3_jax
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -25,18 +28,28 @@ def test_first_example_prints_what_the_readme_shows():
     assert printed.getvalue() == shown[1]
 
 
-@pytest.mark.parametrize("code", EXAMPLES[1:], ids=["convert", "capture"])
+@pytest.mark.parametrize("code", EXAMPLES[1:], ids=["convert", "capture", "look inside"])
 def test_other_examples_run(code, tmp_path, monkeypatch):
     """Every other block of Python runs as it stands."""
     monkeypatch.chdir(tmp_path)
     exec(code, {})
 
 
-@pytest.mark.parametrize("page", ["sites", "conversion"])
+@pytest.mark.parametrize("page", ["sites", "conversion", "migration"])
 def test_generated_pages_are_current(page):
     """`python docs/generate.py` would change nothing."""
     generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
     assert (ROOT / "docs" / f"{page}.md").read_text() == generate[f"{page}_page"]()
+
+
+def test_calls_of_the_migration_page_exist():
+    """Every name in its right column is in the library."""
+    calls = runpy.run_path(str(ROOT / "docs" / "generate.py"))["CALLS"]
+    for _, ours in calls:
+        for path in ours.split(", "):
+            functools.reduce(getattr, path.split("."), gemma3_jax)
+    with pytest.raises(AttributeError):  # control
+        functools.reduce(getattr, ["HookedGemma3", "add_hook"], gemma3_jax)
 
 
 def test_links_lead_somewhere():
