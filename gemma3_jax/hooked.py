@@ -6,11 +6,9 @@ With the command line and `conversion.parity`, one of the rooms that see both th
 import functools
 import os
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from gemma3_jax.cache import ActivationCache
@@ -18,13 +16,14 @@ from gemma3_jax.config import Gemma3Config
 from gemma3_jax.forward import Capture, ReturnType, captured_names, checked_logits_at, forward, place
 from gemma3_jax.gradients import Metric, grad_at
 from gemma3_jax.hooks import Edit, as_pytree
+from gemma3_jax.text import Input, Text
+from gemma3_jax.weights import Weights
 
-Input = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
 Hooks = Sequence[tuple[Capture, Edit]]
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class HookedGemma3:
+class HookedGemma3(Text, Weights):
     """A Gemma 3 with its parameters and tokenizer. Holds no hooks: every call says what it captures and edits.
 
     Inputs are text, a list of texts (padded on the right, with the mask that belongs to it), or token ids [p] or
@@ -169,114 +168,6 @@ class HookedGemma3:
         out, cache = self._run(input, keep, fwd_hooks, return_type, stop_at_layer, attention_mask, logits_at, *options)
         return out if names_filter is None else (out, cache)
 
-    def encode(self, input: Input, attention_mask: Any = None) -> tuple[jax.Array, jax.Array | None]:
-        """Any input as token ids [b, p] int32, and its mask [b, p]: the given one, or that of a padded batch of texts.
-
-        Raises:
-            ValueError: the input is empty, no text and no ids, or has an id outside the vocabulary.
-        """
-        tokens, mask = self._ids_of(input)
-        if attention_mask is not None:
-            mask = jnp.atleast_2d(jnp.asarray(attention_mask))
-        return tokens, mask
-
-    def to_tokens(
-        self, input: str | Sequence[str], prepend_bos: bool = True, padding_side: Literal["left", "right"] = "right"
-    ) -> jax.Array:
-        """Token ids [b, p] int32 of one text or several, padded to one length. Each row has one BOS, never two.
-
-        Ids do not say which of them are padding: when rows differ in length, give `attention_mask(tokens)` along.
-        """
-        return self._tokenize(input, prepend_bos, padding_side)[0]
-
-    def attention_mask(self, tokens: Any) -> jax.Array:
-        """[b, p] int32, 0 at the padding tokens with which rows of `tokens` [b, p] begin or end, and 1 elsewhere."""
-        real = np.atleast_2d(np.asarray(tokens)) != (self.config.pad_token_id or 0)
-        from_left = np.logical_or.accumulate(real, axis=1)
-        from_right = np.logical_or.accumulate(real[:, ::-1], axis=1)[:, ::-1]
-        return jnp.asarray(from_left & from_right, jnp.int32)
-
-    def to_string(self, tokens: Any) -> str | list[str]:
-        """The text of ids [p], or the texts of ids [b, p]; special tokens are spelled out."""
-        ids = np.asarray(tokens)
-        decode = self._need_tokenizer().decode
-        return decode(ids.reshape(-1).tolist()) if ids.ndim < 2 else [decode(row.tolist()) for row in ids]
-
-    def to_str_tokens(self, input: Input, prepend_bos: bool = True) -> list[str] | list[list[str]]:
-        """Each token of a text (or of ids [p]) as a string; a list of lists for several texts (or ids [b, p])."""
-        if isinstance(input, str):
-            return self._spell(self._ids(input, prepend_bos))
-        if len(input) and isinstance(input[0], str):
-            return [self._spell(self._ids(str(text), prepend_bos)) for text in input]
-        ids = np.asarray(input)
-        return self._spell(ids) if ids.ndim == 1 else [self._spell(row) for row in ids]
-
-    def to_single_token(self, string: str) -> int:
-        """The id of a text that is exactly one token.
-
-        Raises:
-            ValueError: it is none, or more than one.
-        """
-        ids = self._ids(string, prepend_bos=False)
-        if len(ids) != 1:
-            raise ValueError(f"{string!r} is {len(ids)} tokens, {self._spell(ids)}; a single one was asked for")
-        return ids[0]
-
-    def tokens_to_residual_directions(self, tokens: Any) -> jax.Array:
-        """The unembedding's direction of each token: [d] of an id or a one-token text, [..., d] of ids [...].
-
-        A final residual stream's product with it, behind the final norm, is the token's logit.
-        """
-        if isinstance(tokens, str):
-            tokens = self.to_single_token(tokens)
-        # [d, V] at [...] -> [d, ...] -> [..., d]
-        return jnp.moveaxis(self.W_U.at[:, jnp.asarray(tokens)].get(mode="fill", fill_value=jnp.nan), 0, -1)
-
-    @property
-    def W_E(self) -> jax.Array:
-        """[V, d] embedding as stored: the model multiplies its rows by sqrt(d)."""
-        return self.params["embed"]["weight"]
-
-    @property
-    def W_U(self) -> jax.Array:
-        """[d, V] unembedding; the transposed embedding where they are tied."""
-        return self.W_E.T if self.config.tie_word_embeddings else self.params["unembed"]["weight"]
-
-    @property
-    def W_Q(self) -> jax.Array:
-        """[L, h, d, e], stacked over layers afresh at each access, as are all below."""
-        return self._stacked("attn", "q")
-
-    @property
-    def W_K(self) -> jax.Array:
-        """[L, g, d, e]: one per key/value head."""
-        return self._stacked("attn", "k")
-
-    @property
-    def W_V(self) -> jax.Array:
-        """[L, g, d, e]: one per key/value head."""
-        return self._stacked("attn", "v")
-
-    @property
-    def W_O(self) -> jax.Array:
-        """[L, h, e, d]."""
-        return self._stacked("attn", "o")
-
-    @property
-    def W_gate(self) -> jax.Array:
-        """[L, d, f]."""
-        return self._stacked("mlp", "gate")
-
-    @property
-    def W_in(self) -> jax.Array:
-        """[L, d, f]: the up projection."""
-        return self._stacked("mlp", "in")
-
-    @property
-    def W_out(self) -> jax.Array:
-        """[L, f, d]."""
-        return self._stacked("mlp", "out")
-
     def _run(
         self,
         input,
@@ -324,63 +215,6 @@ class HookedGemma3:
             pos_slice=pos_slice,
         )
         return value, cache.with_params(self.params)
-
-    def _ids_of(self, input: Input) -> tuple[jax.Array, jax.Array | None]:
-        if isinstance(input, str) or (isinstance(input, Sequence) and input and isinstance(input[0], str)):
-            return self._tokenize(input, prepend_bos=True, padding_side="right")  # type: ignore[arg-type]
-        if isinstance(input, jax.core.Tracer):  # its values, and so their range, are not known yet
-            return jnp.atleast_2d(input), None
-        try:
-            ids = np.asarray(input)
-        except ValueError:
-            ids = np.empty(0)
-        if ids.ndim not in (1, 2) or not ids.size or not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(
-                "the input must be text, texts, or integer token ids [p] or [b, p] with at least one token"
-            )
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            bad = ids.min() if ids.min() < 0 else ids.max()
-            raise ValueError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}")
-        return jnp.asarray(np.atleast_2d(ids), jnp.int32), None
-
-    def _tokenize(
-        self, input: str | Sequence[str], prepend_bos: bool, padding_side: str
-    ) -> tuple[jax.Array, jax.Array | None]:
-        if padding_side not in ("left", "right"):
-            raise ValueError(f"padding_side is {padding_side!r}; it takes 'left' and 'right'")
-        rows = [self._ids(text, prepend_bos) for text in ([input] if isinstance(input, str) else input)]
-        if not rows or not all(rows):
-            raise ValueError("there is a text without tokens; give at least one, or prepend_bos")
-        length = max(map(len, rows))
-        pad = self.config.pad_token_id or 0
-
-        def padded(row: list[int], fill: int) -> list[int]:
-            padding = [fill] * (length - len(row))
-            return padding + row if padding_side == "left" else row + padding
-
-        tokens = jnp.asarray([padded(row, pad) for row in rows], jnp.int32)
-        if all(len(row) == length for row in rows):
-            return tokens, None
-        return tokens, jnp.asarray([padded([1] * len(row), 0) for row in rows], jnp.int32)
-
-    def _ids(self, text: str, prepend_bos: bool) -> list[int]:
-        ids = list(self._need_tokenizer()(text, add_special_tokens=False)["input_ids"])
-        bos = self.config.bos_token_id
-        return [bos, *ids] if prepend_bos and bos is not None and ids[:1] != [bos] else ids
-
-    def _spell(self, ids: Any) -> list[str]:
-        return [self._need_tokenizer().decode([int(i)]) for i in ids]
-
-    def _need_tokenizer(self) -> Any:
-        if self.tokenizer is None:
-            raise ValueError(
-                "this model has no tokenizer; pass token ids, or give it one: HookedGemma3(..., tokenizer)"
-            )
-        return self.tokenizer
-
-    def _stacked(self, part: str, name: str) -> jax.Array:
-        layers = range(self.config.num_hidden_layers)
-        return jnp.stack([self.params[f"blocks_{i}"][part][name]["weight"] for i in layers])
 
 
 _STATIC = ("config", "capture", "return_type", "stop_at_layer", "remove_batch_dim", "pos_slice")

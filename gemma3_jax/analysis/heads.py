@@ -12,7 +12,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from gemma3_jax.forward import forward
-from gemma3_jax.hooked import HookedGemma3, Input
+from gemma3_jax.hooked import HookedGemma3
+from gemma3_jax.text import Input
 
 HeadKind = Literal["previous_token_head", "duplicate_token_head", "induction_head"]
 ErrorMeasure = Literal["mul", "abs"]

@@ -15,8 +15,9 @@ import numpy as np
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.decomposition import HEADS, RESIDUAL
 from gemma3_jax.forward import Capture, captured_names, forward
-from gemma3_jax.hooked import HookedGemma3, Input
+from gemma3_jax.hooked import HookedGemma3
 from gemma3_jax.sites import site
+from gemma3_jax.text import Input
 
 
 @flax.struct.dataclass

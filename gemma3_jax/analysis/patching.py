@@ -18,8 +18,9 @@ from gemma3_jax.analysis.sweeps import sweep
 from gemma3_jax.cache import ActivationCache
 from gemma3_jax.edits import FromCache, Only, only
 from gemma3_jax.gradients import Metric
-from gemma3_jax.hooked import HookedGemma3, Input
+from gemma3_jax.hooked import HookedGemma3
 from gemma3_jax.sites import axis_size, get_act_name, site
+from gemma3_jax.text import Input
 
 Axis = Literal["layer", "pos", "head", "src_pos"]
 
@@ -61,8 +62,8 @@ def activation_patching(
     >>> from gemma3_jax import TINY, HookedGemma3
     >>> model = HookedGemma3.from_pretrained(TINY, dtype="float32")
     >>> answer = model.to_single_token("lo")
-    >>> grid = activation_patching(
-    ...     model, "ba ke ti ba ke", "ba ke lo ba ke", lambda logits: logits[0, -1, answer], "resid_pre", ("layer", "pos"))
+    >>> metric = lambda logits: logits[0, -1, answer]
+    >>> grid = activation_patching(model, "ba ke ti ba ke", "ba ke lo ba ke", metric, "resid_pre", ("layer", "pos"))
     >>> grid.shape == (model.config.num_hidden_layers, 6)
     True
     """

@@ -16,7 +16,8 @@ from gemma3_jax.analysis.sweeps import sweep
 from gemma3_jax.cache import ActivationCache
 from gemma3_jax.edits import Add, Only, only
 from gemma3_jax.gradients import Metric
-from gemma3_jax.hooked import HookedGemma3, Input
+from gemma3_jax.hooked import HookedGemma3
+from gemma3_jax.text import Input
 
 
 def path_patching(

@@ -18,7 +18,8 @@ from rich.text import Text
 
 from gemma3_jax.analysis.lens import read_rows, readout
 from gemma3_jax.forward import forward
-from gemma3_jax.hooked import HookedGemma3, Input
+from gemma3_jax.hooked import HookedGemma3
+from gemma3_jax.text import Input
 
 
 @dataclasses.dataclass(frozen=True)

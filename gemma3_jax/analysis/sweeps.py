@@ -18,9 +18,10 @@ from gemma3_jax.config import Gemma3Config
 from gemma3_jax.edits import Only
 from gemma3_jax.forward import Edits, checked_logits_at, forward
 from gemma3_jax.gradients import Metric
-from gemma3_jax.hooked import HookedGemma3, Input
+from gemma3_jax.hooked import HookedGemma3
 from gemma3_jax.hooks import as_pytree
 from gemma3_jax.sites import layer_of, select
+from gemma3_jax.text import Input
 
 # Below this many tokens, a chunk leaves a matmul unit idle.
 TOKENS_PER_CHUNK = 1024
