@@ -193,8 +193,8 @@ def as_markdown(report: dict[str, Any]) -> str:
         "## Residual stream by layer and position",
         "",
         f"{layers} x {tokens} = {layers * tokens} runs, each with the clean residual stream at one place; the metric "
-        f"is a logit of the last position. Peers run one forward pass for each place, and were timed on {grid['sample']} "
-        "places.",
+        "is a logit of the last position. Peers run one forward pass for each place, and were timed on "
+        f"{grid['sample']} places.",
         "",
         "| | seconds for the grid | peer / port |",
         "| --- | --- | --- |",

@@ -130,7 +130,8 @@ What is different:
 
 From nnsight: `with model.trace(...)` becomes a call that names what it saves and edits. A module's `.output` or
 `.input` is a name here, without the wrapper's leading `model.` and with a dot for the index: the second column's
-`model.model.layers[5].mlp.output` is `"model.layers.5.mlp.output"`. Under such a name values have Hugging Face's layout.
+`model.model.layers[5].mlp.output` is `"model.layers.5.mlp.output"`. Under such a name values have Hugging Face's
+layout.
 
 ## Sites
 

@@ -75,6 +75,7 @@ class Past:
         values: [b, s, g, e].
         seen: [b, p, s] bool, whether a query sees what a slot holds.
         held: [s] int32, the column whose key a slot holds; negative where it holds none.
+        start: [b] int32, the column of each row's first real token.
         length: [] int32, the column of the first query.
         capacity: how many columns the text may have (static).
     """
@@ -83,6 +84,7 @@ class Past:
     values: jax.Array
     seen: jax.Array
     held: jax.Array
+    start: jax.Array
     length: jax.Array
     capacity: int = flax.struct.field(pytree_node=False)
 
@@ -151,7 +153,11 @@ class Attention(nn.Module):
         if past is not None:
             # [b, h, p, s + p]
             pre = jnp.concatenate([scores(q, past.keys, scale, past.seen), pre], axis=-1)
-        pre = self._hooked("hook_attn_scores", pre, past, float(jnp.finfo(jnp.float32).min))
+        lowest = float(jnp.finfo(jnp.float32).min)
+        pre = self._hooked("hook_attn_scores", pre, past, lowest)
+        if site_of(self, "hook_attn_scores") in self.edited:
+            # An edit that scales takes masked scores to minus infinity, and a row of these to NaN.
+            pre = jnp.maximum(pre, lowest)
         pattern = self._hooked("hook_pattern", jax.nn.softmax(pre, axis=-1), past, 0.0)
         # [b, p, h, e] -> [b, p, d]
         z = mix(pattern, v) if past is None else _mix_both(pattern, past.values, v)

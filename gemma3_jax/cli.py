@@ -116,6 +116,39 @@ def parity(
 
 
 @app.command()
+def generate(
+    source: Source = str(gemma3_jax.TINY),
+    prompt: Annotated[str, typer.Option(help="The text to continue; with --chat, the user's turn.")] = "",
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="How many tokens to write at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens with this probability.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    steer: Annotated[Path | None, typer.Option(help="A vector to add: .npy, or .safetensors with one tensor.")] = None,
+    site: Annotated[str | None, typer.Option(help="Where to add it, such as blocks.5.hook_resid_post.")] = None,
+    alpha: Annotated[float, typer.Option(help="How much of it to add.")] = 1.0,
+    dtype: Dtype = None,
+    revision: Revision = None,
+) -> None:
+    """Continue a text, token by token as it is written; with --steer, under a steering vector."""
+    if not prompt:
+        raise ValueError("there is no text to continue; give --prompt")
+    if (steer is None) != (site is None):
+        raise ValueError("--steer and --site belong together: the vector, and where to add it")
+    hooks = [] if steer is None or site is None else [(site, gemma3_jax.edits.Add(_vector(steer), alpha))]
+    model = gemma3_jax.HookedGemma3.from_pretrained(source, dtype, revision)
+    how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    given: Any = [{"role": "user", "content": prompt}] if chat else prompt
+    pieces = model.generate_stream(given, max_new_tokens, fwd_hooks=hooks, **how)
+    if not chat:
+        print(prompt, end="")
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command()
 def sites(markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table.")] = False) -> None:
     """List every hook site: its names, its shape, what it holds and what an edit there reaches."""
     if markdown:
@@ -167,6 +200,22 @@ def main() -> None:
         message = " ".join((usage() if usage else str(error)).split()) or type(error).__name__
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2 if usage else 1)
+
+
+def _vector(file: Path) -> Any:
+    """The one array of a file."""
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
+    if file.suffix == ".npy":
+        return np.load(file, allow_pickle=False)
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{file.name} is neither .npy nor .safetensors")
+    from safetensors.numpy import load_file
+
+    tensors = load_file(file)
+    if len(tensors) != 1:
+        raise ValueError(f"{file.name} has {len(tensors)} tensors ({', '.join(tensors)}); a steering vector is one")
+    return next(iter(tensors.values()))
 
 
 def _parity_module() -> Any:

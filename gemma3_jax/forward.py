@@ -12,15 +12,16 @@ import optax
 from gemma3_jax.attention import Past
 from gemma3_jax.cache import ActivationCache
 from gemma3_jax.config import Gemma3Config
-from gemma3_jax.edits import check
-from gemma3_jax.hooks import CAPTURES, Edit, InLayout, Phase, captured, interceptor
+from gemma3_jax.edits import check, in_layout
+from gemma3_jax.hooks import CAPTURES, Edit, Phase, Placed, as_pytree, captured, interceptor
 from gemma3_jax.model import Gemma3, one_input
-from gemma3_jax.positions import default_positions
+from gemma3_jax.positions import Shape, default_positions
 from gemma3_jax.sites import Match, layer_of, select, site_names
 
 ReturnType = Literal["logits", "loss", "both", None]
 Capture = str | Iterable[str] | Callable[[str], bool]
 Edits = Mapping[str, Edit | Sequence[Edit]]
+Hooks = Sequence[tuple[Capture, Edit]]
 
 
 def forward(
@@ -90,9 +91,11 @@ def forward(
     attention_mask, positions = (None if x is None else jnp.asarray(x) for x in (attention_mask, positions))
     _check(config, source, attention_mask, positions)
     _check_extent(config, source, start_at_layer, stop_at_layer, logits_at, return_type)
-    logits_at = checked_logits_at(logits_at, source.shape[:2], stop_at_layer)
+    # Positions that are given may be any: what is asked for can only be looked for among them.
+    extent = source.shape[:2] if positions is None else (source.shape[0], None)
+    logits_at = checked_logits_at(logits_at, extent, stop_at_layer)
     names = captured_names(config, capture, start_at_layer, stop_at_layer)
-    placed = _placed_edits(config, edits or {}, start_at_layer, stop_at_layer, source.shape[:2])
+    placed = placed_edits(config, edits or {}, extent, start_at_layer, stop_at_layer)
     if "embed" not in params:
         raise ValueError("params lack 'embed'; pass the pytree that `convert_checkpoint` returns, as it is")
     stop = _layers_needed(config, names) if return_type is None and stop_at_layer is None else stop_at_layer
@@ -101,7 +104,8 @@ def forward(
 
     model = Gemma3(config, watched=frozenset(names) | frozenset(placed), edited=frozenset(placed))
     # The interceptor is entered here, inside the function that gets traced: see `gemma3_jax.hooks`.
-    with nn.intercept_methods(interceptor(frozenset(names), placed, positions, attention_mask, phase)):
+    told = {"attention_mask": attention_mask, "phase": phase} | ({} if past is None else _keys_of(past[0], source))
+    with nn.intercept_methods(interceptor(frozenset(names), placed, positions, **told)):
         out, variables = model.apply(
             {"params": params},
             source,
@@ -119,6 +123,13 @@ def forward(
         loss = next_token_loss(out, source, attention_mask)
         return (loss if return_type == "loss" else (out, loss)), cache
     return (None if return_type is None else out), cache
+
+
+def _keys_of(past: Past, source: jax.Array) -> dict[str, jax.Array]:
+    """What a `Hook` tells of keys that stand by column: their positions and which are real, each [b, c]."""
+    columns = jnp.arange(past.capacity)[None]
+    real = (columns >= past.start[:, None]) & (columns < past.length + source.shape[1])
+    return {"key_positions": jnp.maximum(columns - past.start[:, None], 0), "key_mask": real.astype(jnp.int32)}
 
 
 def next_token_loss(logits: jax.Array, tokens: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
@@ -161,21 +172,61 @@ def place(
     config: Gemma3Config,
     wanted: Capture,
     edit: Edit,
-    shape: tuple[int, ...],
+    shape: Shape,
     start_at_layer: int | jax.Array | None = None,
     stop_at_layer: int | None = None,
 ) -> list[tuple[str, Edit]]:
     """The (canonical name, edit) pairs that an edit under that name, glob, list or predicate stands for.
 
-    `shape` (b, p) is that of the input, for the check that the edit acts somewhere.
+    `shape` (b, p) is that of the input, for the check that the edit acts somewhere; p is None where positions are
+    given, which may be any.
     """
     matches = _running(config, wanted, start_at_layer, stop_at_layer)
     if not callable(edit):
         where = matches[0].name if matches else wanted
         raise TypeError(f"the edit at {where} is {edit!r}; an edit is a callable, edit(value, hook) -> value")
+    if isinstance(edit, Placed):
+        return [(match.name, edit) for match in matches]
     if matches:
         check(edit, [match.name for match in matches], config, shape)
-    return [(m.name, edit if m.layout is None else InLayout(edit, m.layout)) for m in matches]
+    return [(m.name, Placed(edit if m.layout is None else in_layout(edit, m.layout))) for m in matches]
+
+
+def placed_edits(
+    config: Gemma3Config,
+    edits: Edits,
+    shape: Shape,
+    start_at_layer: int | jax.Array | None = None,
+    stop_at_layer: int | None = None,
+) -> dict[str, tuple[Edit, ...]]:
+    """The edits by canonical name, in order; arguments as in `place`.
+
+    Raises:
+        ValueError: two keys name the same site.
+    """
+    placed: dict[str, tuple[Edit, ...]] = {}
+    for key, given in edits.items():
+        pairs: dict[str, tuple[Edit, ...]] = {}
+        for edit in given if isinstance(given, Sequence) else (given,):
+            for name, each in place(config, key, edit, shape, start_at_layer, stop_at_layer):
+                pairs[name] = (*pairs.get(name, ()), each)
+        twice = sorted(set(pairs) & set(placed))
+        if twice:
+            # A dict that passes through jit comes out sorted, so that two keys have no order of their own.
+            raise ValueError(f"two keys of edits name {twice[0]}; give one key a list of edits, in the order wanted")
+        placed |= pairs
+    return placed
+
+
+def edits_of(
+    config: Gemma3Config, hooks: Hooks, shape: Shape, stop_at_layer: int | None = None
+) -> dict[str, list[Edit]]:
+    """The edits of (name, edit) pairs by canonical name, in their order, as pytrees that can cross into `jit`."""
+    edits: dict[str, list[Edit]] = {}
+    for wanted, edit in hooks:
+        for name, placed in place(config, wanted, as_pytree(edit), shape, stop_at_layer=stop_at_layer):
+            edits.setdefault(name, []).append(placed)
+    return edits
 
 
 def _check(config, source, attention_mask, positions) -> None:
@@ -214,8 +265,8 @@ def _check_extent(config, source, start_at_layer, stop_at_layer, logits_at, retu
         raise ValueError("start_at_layer needs inputs_embeds: the residual stream [b, p, d] entering that layer")
 
 
-def checked_logits_at(logits_at: Any, shape: tuple[int, ...], stop_at_layer: int | None) -> jax.Array | None:
-    """`logits_at` as an array that fits an input [b, p]; its range is checked where it is not being traced."""
+def checked_logits_at(logits_at: Any, shape: Shape, stop_at_layer: int | None) -> jax.Array | None:
+    """`logits_at` as an array that fits an input of that shape; its range is checked where both are known."""
     if logits_at is None:
         return None
     b, p = shape
@@ -229,7 +280,7 @@ def checked_logits_at(logits_at: Any, shape: tuple[int, ...], stop_at_layer: int
         )
     if logits_at.ndim == 2 and logits_at.shape[0] != b:
         raise ValueError(f"logits_at has {logits_at.shape[0]} rows; the input has {b}")
-    if known and (logits_at.min() < -p or logits_at.max() >= p):
+    if known and p is not None and (logits_at.min() < -p or logits_at.max() >= p):
         raise ValueError(f"logits_at goes from {logits_at.min()} to {logits_at.max()}; the input has {p} positions")
     return jnp.asarray(logits_at)
 
@@ -250,27 +301,6 @@ def _running(config: Gemma3Config, wanted: Capture, start: int | jax.Array | Non
         given = " and ".join(f"{name} is {layer}" for name, layer in extent.items() if layer is not None)
         raise ValueError(f"{wanted} never runs: {given}")
     return matches
-
-
-def _placed_edits(
-    config: Gemma3Config,
-    edits: Edits,
-    start_at_layer: int | jax.Array | None,
-    stop_at_layer: int | None,
-    shape: tuple[int, ...],
-) -> dict[str, tuple[Edit, ...]]:
-    placed: dict[str, tuple[Edit, ...]] = {}
-    for key, given in edits.items():
-        pairs: dict[str, tuple[Edit, ...]] = {}
-        for edit in given if isinstance(given, Sequence) else (given,):
-            for name, in_layout in place(config, key, edit, shape, start_at_layer, stop_at_layer):
-                pairs[name] = (*pairs.get(name, ()), in_layout)
-        twice = sorted(set(pairs) & set(placed))
-        if twice:
-            # A dict that passes through jit comes out sorted, so that two keys have no order of their own.
-            raise ValueError(f"two keys of edits name {twice[0]}; give one key a list of edits, in the order wanted")
-        placed |= pairs
-    return placed
 
 
 def _layers_needed(config: Gemma3Config, names: Sequence[str]) -> int | None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from gemma3_jax.cache import ActivationCache
 from gemma3_jax.config import Gemma3Config
-from gemma3_jax.forward import Capture, Edits, captured_names, forward, next_token_loss, place
+from gemma3_jax.forward import Capture, Edits, captured_names, forward, next_token_loss, placed_edits
 from gemma3_jax.hooks import Edit, Hook
 from gemma3_jax.sites import shape_of, site
 
@@ -120,11 +120,7 @@ def _with_shifts(
     stop_at_layer: int | None,
 ) -> dict[str, list[Edit]]:
     """The edits by canonical name, each site's followed by its shift."""
-    placed: dict[str, list[Edit]] = {}
-    for wanted, given in edits.items():
-        for edit in given if isinstance(given, list | tuple) else (given,):
-            for name, each in place(config, wanted, edit, shape, stop_at_layer=stop_at_layer):
-                placed.setdefault(name, []).append(each)
+    placed = {name: [*given] for name, given in placed_edits(config, edits, shape, stop_at_layer=stop_at_layer).items()}
     for name, shift in shifts.items():
         placed.setdefault(name, []).append(jax.tree_util.Partial(_shift, shift))
     return placed

@@ -5,7 +5,6 @@ With the command line and `conversion.parity`, one of the rooms that see both th
 
 import functools
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,17 +12,16 @@ from jax.typing import DTypeLike
 
 from gemma3_jax.cache import ActivationCache
 from gemma3_jax.config import Gemma3Config
-from gemma3_jax.forward import Capture, ReturnType, captured_names, checked_logits_at, forward, place
+from gemma3_jax.forward import Capture, Hooks, ReturnType, captured_names, checked_logits_at, edits_of, forward
+from gemma3_jax.generation.writing import Writing
 from gemma3_jax.gradients import Metric, grad_at
-from gemma3_jax.hooks import Edit, as_pytree
-from gemma3_jax.text import Input, Text
+from gemma3_jax.hooks import as_pytree
+from gemma3_jax.text import Input
 from gemma3_jax.weights import Weights
-
-Hooks = Sequence[tuple[Capture, Edit]]
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class HookedGemma3(Text, Weights):
+class HookedGemma3(Writing, Weights):
     """A Gemma 3 with its parameters and tokenizer. Holds no hooks: every call says what it captures and edits.
 
     Inputs are text, a list of texts (padded on the right, with the mask that belongs to it), or token ids [p] or
@@ -186,7 +184,7 @@ class HookedGemma3(Text, Weights):
             self.config,
             self.params,
             tokens,
-            _edits(self.config, hooks, tokens.shape, stop_at_layer),
+            edits_of(self.config, hooks, tokens.shape, stop_at_layer),
             mask,
             checked_logits_at(logits_at, tokens.shape, stop_at_layer),
             capture=captured_names(self.config, keep, stop_at_layer=stop_at_layer),
@@ -297,15 +295,3 @@ def _as_tuple(pos_slice: int | slice | None) -> tuple[int | None, int | None, in
     if isinstance(pos_slice, slice):
         return pos_slice.start, pos_slice.stop, pos_slice.step
     return None if pos_slice is None else (pos_slice, pos_slice + 1 or None, None)
-
-
-def _edits(
-    config: Gemma3Config, hooks: Hooks, shape: tuple[int, ...], stop_at_layer: int | None
-) -> dict[str, list[Edit]]:
-    """The pairs by canonical name, in their order, each edit a pytree that can cross into a jitted function."""
-    edits: dict[str, list[Edit]] = {}
-    for wanted, edit in hooks:
-        edit = as_pytree(edit)
-        for name, placed in place(config, wanted, edit, shape, stop_at_layer=stop_at_layer):
-            edits.setdefault(name, []).append(placed)
-    return edits

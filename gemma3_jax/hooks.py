@@ -38,6 +38,8 @@ class Hook:
         layer: block index, or None outside the blocks (static).
         positions: [b, p] int32, the absolute position of every token.
         attention_mask: [b, p], 1 at real tokens; None where all are.
+        key_positions: [b, k] int32, those of the keys where they are not the same tokens, as behind a cache; or None.
+        key_mask: [b, k], 1 at real keys; with `key_positions`.
         phase: "prompt", or "generation" for a token that the model itself has written (static).
     """
 
@@ -45,10 +47,22 @@ class Hook:
     layer: int | None = flax.struct.field(pytree_node=False)
     positions: jax.Array
     attention_mask: jax.Array | None = None
+    key_positions: jax.Array | None = None
+    key_mask: jax.Array | None = None
     phase: Phase = flax.struct.field(pytree_node=False, default="prompt")
 
 
 Edit = Callable[[jax.Array, Hook], jax.Array]
+
+
+@flax.struct.dataclass
+class Placed:
+    """An edit that was checked against its site and speaks its layout: to be placed again without more ado."""
+
+    edit: Any
+
+    def __call__(self, value: jax.Array, hook: Hook) -> jax.Array:
+        return self.edit(value, hook)
 
 
 @flax.struct.dataclass
@@ -107,11 +121,7 @@ def site_of(module: nn.Module, *names: str) -> str:
 
 
 def interceptor(
-    capture: frozenset[str],
-    edits: Mapping[str, Sequence[Edit]],
-    positions: jax.Array,
-    attention_mask: jax.Array | None = None,
-    phase: Phase = "prompt",
+    capture: frozenset[str], edits: Mapping[str, Sequence[Edit]], positions: jax.Array, **told: Any
 ) -> Callable[..., Any]:
     """Build the interceptor that edits, then captures, the sites that are named; all other calls pass through.
 
@@ -119,12 +129,11 @@ def interceptor(
         capture: canonical names of the sites to keep; their values go to the collection `CAPTURES`.
         edits: for each canonical name the edits to apply, in order.
         positions: [b, p] int32, handed to the edits.
-        attention_mask: [b, p] or None, handed to the edits.
-        phase: handed to the edits.
+        **told: what else a `Hook` tells them.
     """
 
     def visit(module: nn.Module, hook: str, site: str, value: Any) -> Any:
-        value = apply_edits(edits.get(site, ()), value, Hook(site, _layer(module), positions, attention_mask, phase))
+        value = apply_edits(edits.get(site, ()), value, Hook(site, _layer(module), positions, **told))
         if site in capture:
             module.sow(CAPTURES, hook, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
         return value

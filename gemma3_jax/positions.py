@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+# Of an input, (b, p); p is None where the positions are not those of 0 to p.
+Shape = tuple[int, int | None] | tuple[int, ...]
+
 
 def default_positions(shape: Sequence[int], attention_mask: jax.Array | None) -> jax.Array:
     """[b, p] int32: 0, 1, 2, ... over the real tokens of each row."""

@@ -4,7 +4,7 @@ Axes: b batch, p position, k key position, h query heads, g key/value heads, n w
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import flax.struct
 import jax
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma3_jax.config import Gemma3Config
-from gemma3_jax.hooks import Edit, Hook, as_pytree
-from gemma3_jax.positions import at_positions
+from gemma3_jax.hooks import Edit, Hook, Phase, as_pytree
+from gemma3_jax.positions import Shape, at_positions
 from gemma3_jax.sites import axis_size, layer_of, site
 
 Index = int | Sequence[int] | np.ndarray | jax.Array
@@ -35,9 +35,12 @@ class Only:
     rows: Any = None
     features: Any = None
     keys: Any = None
+    phase: Phase | None = flax.struct.field(pytree_node=False, default=None)
 
     def __call__(self, value: jax.Array, hook: Hook) -> jax.Array:
         """The edited value where all restrictions hold, `value` elsewhere."""
+        if self.phase not in (None, hook.phase):
+            return value
         edited = self.edit(value, hook)
         if edited is None or jnp.shape(edited) != value.shape:
             return edited  # to be refused, as from any edit, and not broadcast
@@ -46,7 +49,7 @@ class Only:
             wanted = getattr(self, _RESTRICTS[letter]) if letter in _RESTRICTS else None
             if wanted is not None:
                 # [b, p] tokens, or [1, n] others, at their place among the value's axes
-                at = _tokens(wanted, hook) if letter in "pk" else _members(wanted, value.shape[axis])
+                at = _tokens(wanted, hook, letter) if letter in "pk" else _members(wanted, value.shape[axis])
                 axes = {axis: at.shape[1]} | ({0: at.shape[0]} if letter in "pk" else {})
                 here = here & at.reshape([axes.get(i, 1) for i in range(value.ndim)])
         return jnp.where(here, edited, value)
@@ -61,6 +64,7 @@ def only(
     rows: Index | None = None,
     features: Index | None = None,
     keys: Index | None = None,
+    phase: Phase | None = None,
 ) -> Only:
     """Restrict an edit; the restrictions are data, so that one compiled function serves all their values.
 
@@ -79,6 +83,7 @@ def only(
         rows: rows of the batch.
         features: of the last axis.
         keys: like `positions`, for the keys of scores and patterns.
+        phase: "prompt" or "generation" (static): while a prompt is read, or at the tokens that the model has written.
 
     Raises:
         TypeError: the edit is no callable.
@@ -94,10 +99,12 @@ def only(
         raise TypeError(f"the edit is {edit!r}; an edit is a callable, edit(value, hook) -> value")
     given = {"layer": layer, "positions": positions, "heads": heads, "rows": rows, "features": features, "keys": keys}
     indices = {name: as_index(name, x, name != "layer") for name, x in given.items() if x is not None}
-    return Only(as_pytree(edit), **indices)
+    if phase not in (None, *get_args(Phase)):
+        raise ValueError(f"phase is {phase!r}; it takes {' and '.join(map(repr, get_args(Phase)))}")
+    return Only(as_pytree(edit), **indices, phase=phase)
 
 
-def check_only(edit: Only, names: Sequence[str], config: Gemma3Config, shape: tuple[int, ...]) -> None:
+def check_only(edit: Only, names: Sequence[str], config: Gemma3Config, shape: Shape) -> None:
     """Refuse restrictions that do not fit the sites `names`, or an input of `shape` (b, p)."""
     if edit.layer is not None:
         absent = set(_known(as_index("layer", edit.layer, booleans=False))) - {layer_of(name) for name in names}
@@ -105,15 +112,32 @@ def check_only(edit: Only, names: Sequence[str], config: Gemma3Config, shape: tu
             raise ValueError(f"an edit of layer {min(absent)} never acts at {_listed(names)}; layers count from 0")
     for name in {site(name): name for name in names}.values():
         letters = axes_of(name, len(site(name).axes.split()))
-        sizes = {_RESTRICTS[c]: axis_size(c, config, *shape) for c in letters if c in _RESTRICTS}
+        b, p = shape
+        sizes = {_RESTRICTS[c]: axis_size(c, config, b or 0, p or 0) for c in letters if c in _RESTRICTS}
         for restriction in dict.fromkeys(_RESTRICTS.values()):
             wanted = getattr(edit, restriction)
             if wanted is not None and restriction not in sizes:
                 raise ValueError(f"{name} has no {restriction}; an edit there can be restricted by {', '.join(sizes)}")
-            if wanted is not None:
-                index = as_index(restriction, wanted)
-                _check_shape(restriction, index, shape if restriction in _OF_TOKENS else (sizes[restriction],), name)
+            # Of tokens whose positions were given, as any, there is nothing to check.
+            if wanted is not None and not (restriction in _OF_TOKENS and p is None):
+                index, full = as_index(restriction, wanted), (sizes[restriction],)
+                _check_shape(restriction, index, (b or 0, p or 0) if restriction in _OF_TOKENS else full, name)
                 check_range(restriction, index, sizes[restriction], name)
+
+
+def check_growing(edit: Any) -> None:
+    """Refuse, while a text is being written, restrictions that count from its end or from its present tokens."""
+    if not isinstance(edit, Only) or edit.phase == "prompt":
+        return
+    for name in _OF_TOKENS:
+        wanted = getattr(edit, name)
+        index = None if wanted is None else as_index(name, wanted)
+        if index is not None and (index.dtype == bool or min(_known(index), default=0) < 0):
+            raise ValueError(
+                f"{name} are booleans or count from the end, which moves while a text is written; give positions from "
+                'the start, or restrict the edit by phase="prompt" too'
+            )
+    check_growing(edit.edit)
 
 
 def axes_of(name: str, ndim: int) -> list[str]:
@@ -156,12 +180,15 @@ def _check_shape(name: str, index: np.ndarray | jax.Array, full: tuple[int, ...]
         raise ValueError(f"{name} has shape {index.shape}; at {where} integers have shape {' or '.join(takes)}")
 
 
-def _tokens(wanted: Any, hook: Hook) -> jax.Array:
-    """[b, p] bool: the real tokens at the wanted positions, or where a boolean `wanted` is true."""
+def _tokens(wanted: Any, hook: Hook, letter: str) -> jax.Array:
+    """[b, p] bool: the real tokens at the wanted positions, or where a boolean `wanted` is true; [b, k] for keys."""
     wanted = jnp.asarray(wanted)
+    positions, mask = hook.positions, hook.attention_mask
+    if letter == "k" and hook.key_positions is not None:
+        positions, mask = hook.key_positions, hook.key_mask
     if wanted.dtype == bool:
-        return wanted if hook.attention_mask is None else wanted & hook.attention_mask.astype(bool)
-    return jnp.any(at_positions(wanted, hook.positions, hook.attention_mask), axis=1)
+        return wanted if mask is None else wanted & mask.astype(bool)
+    return jnp.any(at_positions(wanted, positions, mask), axis=1)
 
 
 def _members(wanted: Any, n: int) -> jax.Array:

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import LEFT_PADDED, TOKENS, assert_same, identity, jitted, nudge, plain, run, same, small
+from small_model import LEFT_PADDED, TOKENS, assert_same, identity, jitted, nudge, padded, plain, run, same, small
 
-from gemma3_jax import HookedGemma3, forward
+from gemma3_jax import HookedGemma3, edits, forward
 
 STREAM = plain()[1]
 LAST = STREAM["blocks.1.hook_out"]
@@ -84,6 +84,31 @@ def test_logits_at_is_data():
     assert call._cache_size() == 1
     with pytest.raises(ValueError, match="9 positions"):
         model(TOKENS, logits_at=9)
+
+
+def test_given_positions_are_the_ones_that_are_meant():
+    """With positions from 100 on, 103 is the fourth token, for edits and for logits; 3 is none."""
+    shifted = jnp.broadcast_to(jnp.arange(100, 109), (2, 9))
+
+    def zeroed(position, **options):
+        return run(edits={"blocks.0.hook_out": edits.only(edits.Replace(0.0), positions=position)}, **options)[0]
+
+    assert_same(zeroed(103, positions=shifted), zeroed(3), 1e-4)
+    assert_same(run(positions=shifted, logits_at=103)[0][:, 0], plain()[0][:, 3], 1e-4)
+    assert_same(zeroed(3, positions=shifted), plain()[0], 1e-4)
+    assert not same(zeroed(103, positions=shifted), plain()[0], 1e-3)
+    assert np.isnan(run(positions=shifted, logits_at=3)[0]).all()
+
+
+def test_scaled_scores_spoil_nothing_under_padding():
+    """Scores of a row of padding are all masked; twice the lowest number is still no NaN, for any real token."""
+    doubled = run(edits={"blocks.*.attn.hook_attn_scores": lambda value, hook: 2 * value}, attention_mask=LEFT_PADDED)[
+        0
+    ]
+    assert np.isfinite(doubled).all()
+    alone = run(edits={"blocks.*.attn.hook_attn_scores": lambda value, hook: 2 * value}, tokens=TOKENS[:, 3:])[0]
+    assert_same(doubled[0, 3:], alone[0], 1e-5)
+    assert not same(doubled, padded()[0], 1e-3)
 
 
 @pytest.mark.parametrize(
