@@ -3,7 +3,8 @@
 Axes: b batch, p position, h query heads, g key/value heads, r = h / g, n either kind of heads.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,9 +12,9 @@ import jax.numpy as jnp
 
 from gemma3_jax.cache import ActivationCache
 from gemma3_jax.config import Gemma3Config
-from gemma3_jax.forward import Capture, Edits, captured_names, forward, next_token_loss, placed_edits
+from gemma3_jax.forward import Capture, Edits, captured_names, forward, placed_edits
 from gemma3_jax.hooks import Edit, Hook
-from gemma3_jax.sites import shape_of, site
+from gemma3_jax.sites import site
 
 Metric = Callable[..., jax.Array]
 
@@ -56,7 +57,8 @@ def grad_at(
 
     Raises:
         UnknownSite: a name that no site has.
-        ValueError: `embed.hook_in` by name, or a metric that returns no scalar.
+        ValueError: `names` selects no site but the token ids; the metric returns no scalar; arguments that `forward`
+            refuses, for a loss where there is no metric.
 
     >>> import jax
     >>> from conversion import convert_checkpoint
@@ -70,60 +72,72 @@ def grad_at(
     """
     named = _differentiable(config, names, stop_at_layer)
     seen = captured_names(config, metric_sites, stop_at_layer=stop_at_layer)
-    b, p = tokens.shape
-    n = p if logits_at is None else jnp.atleast_1d(logits_at).shape[-1]
-    shapes = {name: shape_of(name, config, b, n if name.startswith("unembed.") else p) for name in named}
+    edits = edits or {}
 
-    def run(shifts: dict[str, jax.Array]) -> tuple[jax.Array, ActivationCache]:
-        shifted = _with_shifts(config, edits or {}, shifts, (b, p), stop_at_layer)
-        out, cache = forward(
+    def run(capture: Capture, edits: Edits) -> tuple[jax.Array, ActivationCache]:
+        return forward(
             config,
             params,
             tokens,
-            [*named, *seen],
-            shifted,
+            capture,
+            edits,
             attention_mask,
             logits_at=logits_at,
             stop_at_layer=stop_at_layer,
+            return_type="loss" if metric is None else "logits",
         )
-        value = _apply(metric, out, cache, seen, tokens, attention_mask)
-        return value, ActivationCache(config, {name: _as_shared(cache[name], shapes[name]) for name in named})
 
-    zeros = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
-    (value, cache), grads = jax.value_and_grad(run, has_aux=True)(zeros)
-    values = dict(cache)
-    return value, ActivationCache(config, values, grads=ActivationCache(config, {name: grads[name] for name in named}))
+    # As they are without the shifts, of which those at the copies for each head give others to q, k and v.
+    shapes = {name: each.shape for name, each in jax.eval_shape(lambda: run([*named, *seen, *edits], edits)[1]).items()}
+    placed = placed_edits(config, edits, jnp.shape(tokens), stop_at_layer=stop_at_layer)
+
+    def value_at(shifts: dict[str, jax.Array]) -> tuple[jax.Array, ActivationCache]:
+        out, cache = run([*named, *seen], _with_shifts(placed, shifts, shapes))
+        values = {name: _as_shared(cache[name], shapes[name]) for name in cache}
+        read = ActivationCache(config, {name: values[name] for name in seen})
+        value = out if metric is None else _scalar(metric(out, read) if seen else metric(out))
+        return value, ActivationCache(config, {name: values[name] for name in named})
+
+    zeros = {name: jnp.zeros(shapes[name], jnp.float32) for name in named}
+    (value, cache), grads = jax.value_and_grad(value_at, has_aux=True)(zeros)
+    return value, ActivationCache(config, cache, grads=ActivationCache(config, {name: grads[name] for name in named}))
 
 
 def _differentiable(config: Gemma3Config, names: Capture, stop_at_layer: int | None) -> tuple[str, ...]:
     found = captured_names(config, names, stop_at_layer=stop_at_layer)
     kept = tuple(name for name in found if site(name).dtype != "int32")
     if not kept:
-        raise ValueError(f"{names} has no gradient: it holds token ids")
+        raise ValueError(f"{names} selects no site that has a gradient; the token ids have none")
     return kept
 
 
-def _apply(metric, out, cache, seen, tokens, attention_mask) -> jax.Array:
-    if metric is None:
-        return next_token_loss(out, tokens, attention_mask)
-    value = jnp.asarray(metric(out, cache) if seen else metric(out))
+def _scalar(value: Any) -> jax.Array:
+    value = jnp.asarray(value)
     if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(f"the metric returned {value.dtype} of shape {value.shape}; a gradient needs one real number")
     return value.astype(jnp.float32)
 
 
 def _with_shifts(
-    config: Gemma3Config,
-    edits: Edits,
-    shifts: Mapping[str, jax.Array],
-    shape: tuple[int, ...],
-    stop_at_layer: int | None,
+    placed: Mapping[str, Sequence[Edit]], shifts: Mapping[str, jax.Array], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, list[Edit]]:
-    """The edits by canonical name, each site's followed by its shift."""
-    placed = {name: [*given] for name, given in placed_edits(config, edits, shape, stop_at_layer=stop_at_layer).items()}
+    """Each site's edits, followed by its shift."""
+    both: dict[str, list[Edit]] = {
+        name: [functools.partial(_on_each_copy, edit, shapes[name]) for edit in edits] for name, edits in placed.items()
+    }
     for name, shift in shifts.items():
-        placed.setdefault(name, []).append(jax.tree_util.Partial(_shift, shift))
-    return placed
+        both.setdefault(name, []).append(functools.partial(_shift, shift))
+    return both
+
+
+def _on_each_copy(edit: Edit, shape: tuple[int, ...], value: jax.Array, hook: Hook) -> jax.Array:
+    """Edit every copy of a value as if it were the shared one, of that shape: to ask for gradients changes no edit."""
+    if value.shape == shape:
+        return edit(value, hook)
+    # [b, p, n, d], a copy for each head, or [b, p, g, r, e], one for each query head of the group
+    copies = value if value.ndim > len(shape) else value.reshape(*shape[:3], -1, shape[3])
+    axis = copies.ndim - 2
+    return jax.vmap(lambda copy: edit(copy, hook), axis, axis)(copies).reshape(value.shape)
 
 
 def _shift(shift: jax.Array, value: jax.Array, hook: Hook) -> jax.Array:
@@ -142,7 +156,11 @@ def _shift(shift: jax.Array, value: jax.Array, hook: Hook) -> jax.Array:
 
 
 def _as_shared(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A value that was copied for every head, as the one that is shared."""
+    """A value that was copied for every head, as the one that is shared: the mean of its copies, which are equal."""
+    if value.shape == shape:
+        return value
     if value.ndim > len(shape):
-        return value[:, :, 0]
-    return value if value.shape == shape else value[:, :, :: value.shape[2] // shape[2]]
+        # [b, p, n, d] -> [b, p, d]
+        return jnp.mean(value, axis=2)
+    # [b, p, g, r, e] -> [b, p, g, e]
+    return jnp.mean(value.reshape(*shape[:3], -1, shape[3]), axis=3)

@@ -1,12 +1,14 @@
 """The reference: what Hugging Face's modules and functions compute, under the port's names and in its layouts.
 
 Values come from hooks on Hugging Face's own modules (in eager attention) and from its own functions; what neither
-exposes is computed in torch from what they do. The port takes no part. Nothing else in the packages runs torch.
+exposes is computed in torch from what they do. The port takes no part. Nothing else in the packages runs torch, but
+`site_gradients`.
 
 Axes: b batch, p position, n heads, e head_dim, d hidden_size.
 """
 
 import contextlib
+import functools
 import os
 import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +26,8 @@ from conversion.steps import AddOne
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.sites import SITES, site_names
 
+Visit = Callable[[str, str | None, int, torch.Tensor], torch.Tensor | None]
+
 
 def load(directory: str | os.PathLike[str], dtype: torch.dtype) -> transformers.PreTrainedModel:
     """The Hugging Face model of a checkpoint, in eager attention."""
@@ -38,7 +42,7 @@ def activations(
     """Every site in float32 by canonical name, in the port's order, and "logits"."""
     recorder = _Recorder(model)
     with torch.no_grad(), recorder.recording():
-        recorder.values["logits"] = _logits(model, tokens, attention_mask)
+        recorder.values["logits"] = logits_of(model, tokens, attention_mask)
     recorder.derive()
     names = [*site_names(Gemma3Config.from_hf(recorder.config)), "logits"]
     return {name: recorder.values[name].float().numpy() for name in names}
@@ -62,18 +66,9 @@ def gradients(
     model.requires_grad_(False)
     for leaf in leaves:
         leaf.requires_grad_(True)
-    if exact:
-        model.double()
-    try:
-        with _InFloat64() if exact else contextlib.nullcontext():
-            logits = _logits(model, tokens, attention_mask)
-        targets = torch.from_numpy(tokens)[:, 1:].flatten()
-        losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="none")
-        mask = np.ones_like(tokens) if attention_mask is None else attention_mask
-        counted = torch.from_numpy(mask[:, :-1] * mask[:, 1:]).flatten()
-        found = torch.autograd.grad((losses * counted).sum() / counted.sum(), leaves)
-    finally:
-        model.float()
+    with computing_in(model, exact=exact):
+        loss = next_token_loss(logits_of(model, tokens, attention_mask), tokens, attention_mask)
+        found = torch.autograd.grad(loss, leaves)
     return {entry.ours: _in_our_layout(entry, leaf.numpy()) for entry, leaf in zip(chosen, found, strict=True)}
 
 
@@ -82,7 +77,7 @@ def _in_our_layout(entry: Entry, gradient: np.ndarray) -> np.ndarray:
     return gradient if isinstance(entry.step, AddOne) else np.asarray(entry.step.convert(gradient))
 
 
-def _logits(model: transformers.PreTrainedModel, tokens: np.ndarray, mask: np.ndarray | None) -> torch.Tensor:
+def logits_of(model: transformers.PreTrainedModel, tokens: np.ndarray, mask: np.ndarray | None = None) -> torch.Tensor:
     """[b, p, V]; positions count the real tokens, as the port's do."""
     ones = np.ones_like(tokens) if mask is None else mask
     positions = np.maximum(np.cumsum(ones, axis=-1) - 1, 0)
@@ -94,14 +89,73 @@ def _logits(model: transformers.PreTrainedModel, tokens: np.ndarray, mask: np.nd
     ).logits
 
 
+def next_token_loss(logits: torch.Tensor, tokens: np.ndarray, attention_mask: np.ndarray | None = None) -> torch.Tensor:
+    """Mean cross-entropy [], in nats, over the pairs of neighbours that are both real."""
+    targets = torch.from_numpy(tokens)[:, 1:].flatten()
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="none")
+    mask = np.ones_like(tokens) if attention_mask is None else attention_mask
+    counted = torch.from_numpy(mask[:, :-1] * mask[:, 1:]).flatten()
+    return (losses * counted).sum() / counted.sum()
+
+
+@contextlib.contextmanager
+def computing_in(model: transformers.PreTrainedModel, *, exact: bool) -> Iterator[None]:
+    """Have a float32 model compute in float64, where `exact`; afterwards it is in float32 again."""
+    if not exact:
+        yield
+        return
+    model.double()
+    try:
+        with _InFloat64():
+            yield
+    finally:
+        model.float()
+
+
+def text_and_head(model: transformers.PreTrainedModel) -> tuple[Any, torch.nn.Module]:
+    """The module that has the layers, and the unembedding, of a text or a multimodal model."""
+    multimodal = model.config.model_type == "gemma3"
+    return model.get_submodule("model.language_model" if multimodal else "model"), model.get_submodule("lm_head")
+
+
+def hook_boundaries(text: Any, head: torch.nn.Module, visit: Visit) -> list[Any]:
+    """Hook every module boundary that the table of sites names, and return the handles that undo it.
+
+    `visit(name, layout, heads, value)` is shown each value in Hugging Face's layout, with the einops pattern from the
+    port's layout to that one (None: they agree) and the number of heads. If it returns a tensor, the model goes on with
+    that one.
+    """
+    handles = []
+    for row in SITES:
+        if row.hf is None:
+            continue
+        path, end = row.hf.rsplit(".", 1)
+        heads = text.config.num_attention_heads if "h" in row.axes.split() else text.config.num_key_value_heads
+        for i in range(text.config.num_hidden_layers if "{i}" in path else 1):
+            where = path.replace("{i}", str(i))
+            module = head if where == "lm_head" else text.get_submodule(where.removeprefix("model."))
+            see = functools.partial(visit, row.name.replace("{i}", str(i)), row.hf_layout, heads)
+            if end == "input":
+                handles.append(module.register_forward_pre_hook(_on_input(see), with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(_on_output(see)))
+    return handles
+
+
+def in_our_layout(value: torch.Tensor, layout: str | None, heads: int) -> torch.Tensor:
+    """A value as the port has it; `layout` is the einops pattern from there to Hugging Face's."""
+    if layout is None:
+        return value
+    ours, theirs = layout.split(" -> ")
+    return einops.rearrange(value, f"{theirs} -> {ours}", n=heads)
+
+
 class _Recorder:
     """Takes every value that Hugging Face's modules and functions expose during one forward pass."""
 
     def __init__(self, model: transformers.PreTrainedModel):
-        multimodal = model.config.model_type == "gemma3"
-        text: Any = model.get_submodule("model.language_model" if multimodal else "model")
-        self.text, self.config = text, text.config
-        self.head = model.get_submodule("lm_head")
+        self.text, self.head = text_and_head(model)
+        self.config = self.text.config
         self.values: dict[str, torch.Tensor] = {}
         self.tables: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.rotated: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -118,7 +172,8 @@ class _Recorder:
         def record_tables(module, args, kwargs, output):
             self.tables[kwargs.get("layer_type", args[-1])] = output
 
-        handles = [self.text.rotary_emb.register_forward_hook(record_tables, with_kwargs=True), *self._hook_modules()]
+        handles = hook_boundaries(self.text, self.head, self._keep)
+        handles.append(self.text.rotary_emb.register_forward_hook(record_tables, with_kwargs=True))
         try:
             with (
                 unittest.mock.patch.object(modeling_gemma3, "apply_rotary_pos_emb", recorded_rotate),
@@ -137,37 +192,8 @@ class _Recorder:
         for i in range(self.config.num_hidden_layers):
             self._derive_block(i)
 
-    def _hook_modules(self) -> list[Any]:
-        """Hooks on every module boundary that the table of sites names."""
-        handles = []
-        for row in SITES:
-            if row.hf is None:
-                continue
-            path, end = row.hf.rsplit(".", 1)
-            for i in range(self.config.num_hidden_layers if "{i}" in path else 1):
-                module = self._module(path.replace("{i}", str(i)))
-                keep = self._keeper(row.name.replace("{i}", str(i)), row.hf_layout, self._heads(row.axes))
-                if end == "input":
-                    handles.append(module.register_forward_pre_hook(_on_input(keep), with_kwargs=True))
-                else:
-                    handles.append(module.register_forward_hook(_on_output(keep)))
-        return handles
-
-    def _module(self, path: str) -> torch.nn.Module:
-        return self.head if path == "lm_head" else self.text.get_submodule(path.removeprefix("model."))
-
-    def _heads(self, axes: str) -> int:
-        return self.config.num_attention_heads if "h" in axes.split() else self.config.num_key_value_heads
-
-    def _keeper(self, name: str, layout: str | None, heads: int) -> Callable[[torch.Tensor], None]:
-        def keep(value: torch.Tensor) -> None:
-            value = value.detach()
-            if layout is not None:
-                ours, theirs = layout.split(" -> ")
-                value = einops.rearrange(value, f"{theirs} -> {ours}", n=heads)
-            self.values[name] = value.clone()
-
-        return keep
+    def _keep(self, name: str, layout: str | None, heads: int, value: torch.Tensor) -> None:
+        self.values[name] = in_our_layout(value.detach(), layout, heads).clone()
 
     def _derive_norm(self, norm: str) -> None:
         x = self.values[f"{norm}.hook_in"].float()
@@ -215,15 +241,20 @@ class _InFloat64(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _on_input(keep):
+def _on_input(see):
     def hook(module, args, kwargs):
-        keep(args[0] if args else kwargs["hidden_states"])
+        new = see(args[0] if args else kwargs["hidden_states"])
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
     return hook
 
 
-def _on_output(keep):
+def _on_output(see):
     def hook(module, args, output):
-        keep(output[0] if isinstance(output, tuple) else output)
+        several = isinstance(output, tuple)
+        new = see(output[0] if several else output)
+        return (new, *output[1:]) if several and new is not None else new
 
     return hook
