@@ -31,6 +31,7 @@ CALLS = (
     ("cache.apply_slice_to_batch_dim", "ActivationCache.sliced"),
     ("FactoredMatrix, model.QK, model.OV", "FactoredMatrix, analysis.qk_circuit, analysis.ov_circuit"),
     ("model.all_composition_scores", "analysis.all_composition_scores"),
+    ("model.generate", "HookedGemma3.generate, HookedGemma3.generate_stream"),
     ("head_detector.detect_head", "analysis.detect_heads"),
     ("fold_ln=True, center_unembed=True", "analysis.fold_ln, analysis.center_unembed"),
     ("circuitsvis", "pictures.attention_patterns, pictures.token_values"),

@@ -28,7 +28,7 @@ def test_first_example_prints_what_the_readme_shows():
     assert printed.getvalue() == shown[1]
 
 
-@pytest.mark.parametrize("code", EXAMPLES[1:], ids=["convert", "capture", "look inside"])
+@pytest.mark.parametrize("code", EXAMPLES[1:], ids=["convert", "capture", "look inside", "generate"])
 def test_other_examples_run(code, tmp_path, monkeypatch):
     """Every other block of Python runs as it stands."""
     monkeypatch.chdir(tmp_path)

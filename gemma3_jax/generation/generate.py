@@ -215,7 +215,8 @@ def finish(task: Task, text: Decoding, bounds: Bounds, ends: np.ndarray | None =
     real = ((columns >= bounds.start[:, None]) & (columns <= last[:, None]))[:, :p_n]
     tokens = np.where(real, tokens[:, :p_n], int(task.pad))
     run = slice(bounds.extra, bounds.extra + p_n - 1)
-    captured = {name: _cut(name, value, run) for name, value in text.captured.items()}
+    # In the model's order: a dict comes out of jit sorted.
+    captured = {name: _cut(name, text.captured[name], run) for name in task.capture}
     return Generation(
         jnp.asarray(tokens, jnp.int32),
         jnp.asarray(real, jnp.int32),
