@@ -20,7 +20,7 @@ from gemma3_jax import Gemma3Config, edits
 from gemma3_jax.generation.generate import generate
 from gemma3_jax.generation.kv_cache import cache_bytes
 
-READ = 2**29  # bytes that are summed to measure the memory's bandwidth
+READ = 2**29  # bytes of the matrix whose product with a vector measures the memory's bandwidth
 
 
 def measure(config: Gemma3Config, dtype: str, b: int, p: int, n: int, rounds: int, compiled: bool) -> dict[str, Any]:
@@ -50,10 +50,10 @@ def measure(config: Gemma3Config, dtype: str, b: int, p: int, n: int, rounds: in
 
         return run
 
-    big = jnp.ones(READ // 4, jnp.float32)
-    total = jax.jit(jnp.sum)
+    matrix, ones = jnp.ones((2**14, READ // 2**16)), jnp.ones(READ // 2**16)
+    product = jax.jit(jnp.matmul)
     peers = {
-        "memory": lambda: total(big),
+        "memory": lambda: product(matrix, ones),
         "port": port(),
         "port, steered": port(edits=steer),
         "port, residuals kept": port(capture=RESIDUALS),
