@@ -325,7 +325,7 @@ def test_errors_of_a_function_name_the_site():
         lambda model, capture: model.run_with_cache(TOKENS, capture, incl_bwd=True),
         lambda model, capture: grad_at(*small(), TOKENS, RESID, metric_sites=capture),
         lambda model, capture: generate(*small(), TOKENS, capture=capture),
-        lambda model, capture: analysis.logit_lens(model, TOKENS, capture),
+        lambda model, capture: analysis.logit_lens(model, TOKENS, names=capture),
     ],
     ids=["incl_bwd", "metric_sites", "generate", "logit_lens"],
 )

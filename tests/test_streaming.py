@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from random_models import random_tokens
 from small_model import same, small
-from test_hooked import LONG, hooked
 
-from gemma3_jax import HookedGemma3, UnknownSite, reductions
+from gemma3_jax import TINY, ActivationCache, HookedGemma3, UnknownSite, reductions
 from gemma3_jax.hooked import _compiled
 
 ROWS = random_tokens((10, 9))
@@ -51,8 +50,8 @@ def test_batches_give_what_single_runs_give(capture):
 
 def test_padding_of_texts_and_of_masks():
     """Texts of different lengths, and tokenizers' mappings, have the activations of `run_with_cache`."""
-    model = hooked()
-    texts = [["sun", LONG], [LONG, "sun and moon"], ["moon"]]
+    model = HookedGemma3.from_pretrained(TINY, dtype="float32")
+    texts = [["ba", "ba ke lo mu"], ["lo mu ti so", "ke lo"], ["re"]]
     found = list(model.activations(texts, RESID))
     for cache, batch in zip(found, texts, strict=True):
         assert same(cache["resid_post", 1], model.run_with_cache(batch, RESID)[1]["resid_post", 1])
@@ -69,7 +68,7 @@ class Recorded:
 
     def __init__(self, monkeypatch):
         self.events, self.alive, self.most = [], [], 0
-        started, read = HookedGemma3._run, reductions_cache_numpy()
+        started, read = HookedGemma3._run, ActivationCache.numpy
 
         def run(model, *arguments):
             out = started(model, *arguments)
@@ -83,13 +82,7 @@ class Recorded:
             return read(cache)
 
         monkeypatch.setattr(HookedGemma3, "_run", run)
-        monkeypatch.setattr("gemma3_jax.cache.ActivationCache.numpy", numpy)
-
-
-def reductions_cache_numpy():
-    from gemma3_jax import ActivationCache
-
-    return ActivationCache.numpy
+        monkeypatch.setattr(ActivationCache, "numpy", numpy)
 
 
 def test_the_next_batch_is_started_before_one_is_read(monkeypatch):
