@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from gemma3_jax import analysis, edits, pictures
+from gemma3_jax import analysis, edits, pictures, reductions
 from gemma3_jax.analysis import FactoredMatrix, patching
 from gemma3_jax.cache import ActivationCache
 from gemma3_jax.config import ConfigError, Gemma3Config, Rope
@@ -36,5 +36,6 @@ __all__ = [
     "next_token_loss",
     "patching",
     "pictures",
+    "reductions",
     "site_names",
 ]

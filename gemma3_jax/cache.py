@@ -35,12 +35,16 @@ class ActivationCache(Decompositions, Mapping[str, jax.Array]):
     As a pytree its leaves are the values and the gradients, so it passes through `jit`, `vmap` and `jax.tree.map`.
     The parameters are no leaves, and what comes out of these has none: see `with_params`.
 
+    Of a site that was reduced (see `gemma3_jax.reductions`) it holds, under all its names, what the reduction returned:
+    an array or a pytree. What needs whole values refuses it.
+
     Attributes:
         config: shape of the model.
         params: the model's parameters, which decompositions into heads and neurons, norms and attributions read; or
             None.
         grads: the gradients, a cache of their own; or None.
         batched: whether the values have their batch axis.
+        reduced: by canonical name what has reduced a site, in words.
 
     >>> import jax.numpy as jnp
     >>> cache = ActivationCache(Gemma3Config.preset("270m"), {"blocks.17.hook_out": jnp.ones((1, 4, 640))})
@@ -57,11 +61,13 @@ class ActivationCache(Decompositions, Mapping[str, jax.Array]):
         params: Any = None,
         grads: Any = None,
         batched: bool = True,
+        reduced: Mapping[str, str] | None = None,
     ):
         self.config = config
         self.params = params
         self.grads = grads
         self.batched = batched
+        self.reduced = dict(reduced or {})
         self._values = dict(values)
 
     def __getitem__(self, name: Name) -> jax.Array:
@@ -76,7 +82,7 @@ class ActivationCache(Decompositions, Mapping[str, jax.Array]):
         if match.name not in self._values:
             raise KeyError(f"{match.name} was not captured; this cache holds {_listed(self._values)}")
         value = self._values[match.name]
-        return value if match.layout is None else einops.rearrange(value, match.layout)
+        return value if match.layout is None or match.name in self.reduced else einops.rearrange(value, match.layout)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -90,13 +96,13 @@ class ActivationCache(Decompositions, Mapping[str, jax.Array]):
     def tree_flatten_with_keys(self):
         children = [(jax.tree_util.DictKey(name), value) for name, value in self._values.items()]
         grads = (jax.tree_util.GetAttrKey("grads"), self.grads)
-        return [*children, grads], (self.config, tuple(self._values), self.batched)
+        return [*children, grads], (self.config, tuple(self._values), self.batched, tuple(self.reduced.items()))
 
     @classmethod
     def tree_unflatten(cls, aux, children):
-        config, names, batched = aux
+        config, names, batched, reduced = aux
         *values, grads = children
-        return cls(config, dict(zip(names, values, strict=True)), grads=grads, batched=batched)
+        return cls(config, dict(zip(names, values, strict=True)), grads=grads, batched=batched, reduced=dict(reduced))
 
     def with_params(self, params: Any) -> Self:
         """This cache with the model's parameters, as `conversion.convert_checkpoint` returns them. Copies no array."""
@@ -114,7 +120,7 @@ class ActivationCache(Decompositions, Mapping[str, jax.Array]):
                 count the positions that they have.
 
         Raises:
-            ValueError: nothing is selected, or there is no batch axis to slice.
+            ValueError: nothing is selected, or there is no batch axis to slice; a site was reduced.
         """
         if batch is not None and not self.batched:
             raise ValueError("this cache has no batch axis: leave `batch` out")
@@ -130,7 +136,7 @@ class ActivationCache(Decompositions, Mapping[str, jax.Array]):
         """The cache without its batch axis, which must have length 1; the gradients' too.
 
         Raises:
-            ValueError: there is more than one row.
+            ValueError: there is more than one row; a site was reduced.
         """
 
         def drop(name: str, value: jax.Array) -> jax.Array:
@@ -150,7 +156,15 @@ class ActivationCache(Decompositions, Mapping[str, jax.Array]):
 
         An existing file is replaced. Every value is stored as it is, bit for bit, under its canonical name, a gradient
         with the suffix `_grad`. Takes the cache's size in host memory.
+
+        Raises:
+            ValueError: a reduction made a pytree of a value, which has no place in the file.
         """
+        trees = [name for name, value in self.items() if not jax.tree_util.all_leaves([value])]
+        if trees:
+            raise ValueError(
+                f"{trees[0]} holds what {self.reduced.get(trees[0])} returned, which is no array; save it by yourself"
+            )
         target = Path(file).absolute()
         if not target.parent.is_dir():
             raise FileNotFoundError(f"{target.parent} is no directory; nothing was written")
@@ -160,7 +174,7 @@ class ActivationCache(Decompositions, Mapping[str, jax.Array]):
         # safetensors writes the buffer as it lies, whatever its strides say.
         arrays = {name: np.ascontiguousarray(value) for name, value in jax.device_get(held).items()}
         metadata = {"config": json.dumps(self.config.to_hf()), "batched": json.dumps(self.batched)}
-        metadata["grads"] = json.dumps(self.grads is not None)
+        metadata |= {"grads": json.dumps(self.grads is not None), "reduced": json.dumps(self.reduced)}
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
         try:
             safetensors.numpy.save_file(arrays, temporary, metadata)
@@ -192,10 +206,11 @@ class ActivationCache(Decompositions, Mapping[str, jax.Array]):
         if len(values) + len(grads) != len(arrays):
             raise ValueError(f"{file} holds names that no site of its model has")
         kept = cls(config, grads, batched=batched) if json.loads(metadata["grads"]) else None
-        return cls(config, values, grads=kept, batched=batched)
+        return cls(config, values, grads=kept, batched=batched, reduced=json.loads(metadata.get("reduced", "{}")))
 
     def _map(self, change: Callable[[str, jax.Array], jax.Array], batched: bool | None = None) -> Self:
         """The cache whose every value, and gradient, is `change(name, value)`."""
+        self._require_whole(self)
         new = copy.copy(self)
         new._values = {name: change(name, value) for name, value in self.items()}
         new.grads = None if self.grads is None else self.grads._map(change, batched)

@@ -36,6 +36,7 @@ class Components:
     config: Gemma3Config
     params: Any
     batched: bool
+    reduced: dict[str, str]
     _values: dict[str, jax.Array]
 
     # --- parts ----------------------------------------------------------------------------------------------------
@@ -148,7 +149,9 @@ class Components:
     # --- reading ----------------------------------------------------------------------------------------------------
 
     def _require(self, names: Iterable[str]) -> None:
-        """Raise one error that lists all of these that were not captured."""
+        """Raise one error that lists all of these that were not captured, or one that was reduced."""
+        names = list(names)
+        self._require_whole(names)
         globs = {name: re.sub(r"^blocks\.\d+", "blocks.*", name) for name in names if name not in self._values}
         if not globs:
             return
@@ -160,8 +163,18 @@ class Components:
             "gemma3_jax.decomposition hold what each method needs)"
         )
 
+    def _require_whole(self, names: Iterable[str]) -> None:
+        """Raise an error that names a site of these that was reduced, and by what."""
+        for name in names:
+            if name in self.reduced:
+                raise ValueError(
+                    f"this needs whole values, and {name} was reduced by {self.reduced[name]}: capture it without a "
+                    "function, or work on what the cache holds of it, cache[name]"
+                )
+
     def _at(self, name: str, pos_slice: Index | None) -> jax.Array:
         """A captured value in float32, at these positions."""
+        self._require_whole([name])
         axes = site(name).axes.split()
         return jnp.asarray(take(self._values[name], pos_slice, axes.index("p") - len(axes), "pos_slice"), jnp.float32)
 

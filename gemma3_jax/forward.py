@@ -1,6 +1,6 @@
 """The pure entry: params and tokens in, logits and captured activations out."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
@@ -16,10 +16,13 @@ from gemma3_jax.edits import check, in_layout
 from gemma3_jax.hooks import CAPTURES, Edit, Phase, Placed, as_pytree, captured, interceptor
 from gemma3_jax.model import Gemma3, one_input
 from gemma3_jax.positions import Shape, default_positions
+from gemma3_jax.reductions import Reduction, Steps, as_steps
 from gemma3_jax.sites import Match, layer_of, select, site_names
 
 ReturnType = Literal["logits", "loss", "both", None]
 Capture = str | Iterable[str] | Callable[[str], bool]
+# Or with what to keep of each: see `gemma3_jax.reductions`.
+ReducedCapture = Capture | Mapping[str, Reduction | Sequence[Reduction] | None]
 Edits = Mapping[str, Edit | Sequence[Edit]]
 Hooks = Sequence[tuple[Capture, Edit]]
 
@@ -28,7 +31,7 @@ def forward(
     config: Gemma3Config,
     params: Mapping[str, Any],
     tokens: jax.Array | None = None,
-    capture: Capture = (),
+    capture: ReducedCapture = (),
     edits: Edits | None = None,
     attention_mask: jax.Array | None = None,
     *,
@@ -43,14 +46,19 @@ def forward(
 ) -> tuple[Any, ActivationCache]:
     """Run the model, capture and edit activations. Pure: `jit`, `vmap` and `grad` it as you like.
 
-    `config`, `capture`, `stop_at_layer` and `return_type` are static: under `jax.jit` close over them or name them
-    in `static_argnames`. Everything else may be traced. What neither the result nor a capture needs is not run.
+    `config`, the names in `capture`, `stop_at_layer` and `return_type` are static: under `jax.jit` close over them or
+    name them in `static_argnames`. Everything else may be traced. What neither the result nor a capture needs is not
+    run.
 
     Args:
         config: shape of the model.
         params: parameter pytree, as `conversion.convert_checkpoint` returns it.
         tokens: [b, p] integer ids below `config.vocab_size`.
-        capture: sites to return: a name, several names, globs (`blocks.*.hook_out`), or a predicate on names.
+        capture: sites to return: a name, several names, globs (`blocks.*.hook_out`), or a predicate on names. A
+            mapping from names or globs to functions `function(value, hook) -> arrays` (several in a list run in order;
+            None keeps the value) returns what they make of the value, which never leaves the compiled program itself:
+            see `gemma3_jax.reductions`. Arrays in them are traced where the mapping is an argument of the jitted
+            function.
         edits: for each name or glob an edit, or several to apply in order. An edit is `edit(value, hook) -> value`:
             a function, a `jax.tree_util.Partial` or a `flax.struct.dataclass` with `__call__`; its array leaves are
             traced. `hook` is a `gemma3_jax.Hook`. Captures are taken after the edits of the same site. Under a
@@ -94,7 +102,8 @@ def forward(
     # Positions that are given may be any: what is asked for can only be looked for among them.
     extent = source.shape[:2] if positions is None else (source.shape[0], None)
     logits_at = checked_logits_at(logits_at, extent, stop_at_layer)
-    names = captured_names(config, capture, start_at_layer, stop_at_layer)
+    kept = placed_captures(config, capture, extent, start_at_layer, stop_at_layer)
+    names = tuple(kept)
     placed = placed_edits(config, edits or {}, extent, start_at_layer, stop_at_layer)
     if "embed" not in params:
         raise ValueError("params lack 'embed'; pass the pytree that `convert_checkpoint` returns, as it is")
@@ -105,7 +114,7 @@ def forward(
     model = Gemma3(config, watched=frozenset(names) | frozenset(placed), edited=frozenset(placed))
     # The interceptor is entered here, inside the function that gets traced: see `gemma3_jax.hooks`.
     told = {"attention_mask": attention_mask, "phase": phase} | ({} if past is None else _keys_of(past[0], source))
-    with nn.intercept_methods(interceptor(frozenset(names), placed, positions, **told)):
+    with nn.intercept_methods(interceptor(kept, placed, positions, **told)):
         out, variables = model.apply(
             {"params": params},
             source,
@@ -118,7 +127,8 @@ def forward(
             mutable=[CAPTURES],
         )
     values = captured(variables)
-    cache = ActivationCache(config, {name: values[name] for name in names})
+    reduced = {name: str(steps) for name, steps in kept.items() if steps is not None}
+    cache = ActivationCache(config, {name: values[name] for name in names}, reduced=reduced)
     if return_type in ("loss", "both"):
         loss = next_token_loss(out, source, attention_mask)
         return (loss if return_type == "loss" else (out, loss)), cache
@@ -158,14 +168,49 @@ def captured_names(
 
     Raises:
         UnknownSite: a name that no site has.
-        ValueError: a name or glob of which no site runs between `start_at_layer` and `stop_at_layer`.
+        ValueError: a name or glob of which no site runs between `start_at_layer` and `stop_at_layer`; a mapping that
+            reduces values, where whole ones are needed.
     """
+    if isinstance(capture, Mapping) and any(steps is not None for steps in capture.values()):
+        raise ValueError("whole values are needed here: name the sites without functions that reduce them")
     wanted = [capture] if isinstance(capture, str) or callable(capture) else capture
     names = {match.name for each in wanted for match in _running(config, each, start_at_layer, stop_at_layer)}
-    inside = sorted(name for name in names if layer_of(name) is not None)
+    return _in_order(config, names, start_at_layer)
+
+
+def _in_order(config: Gemma3Config, names: Container[str], start_at_layer: int | jax.Array | None) -> tuple[str, ...]:
+    """The captured names in the model's order."""
+    ordered = tuple(name for name in site_names(config) if name in names)
+    inside = [name for name in ordered if layer_of(name) is not None]
     if inside and not isinstance(start_at_layer, int | None):
         raise ValueError(f"{inside[0]} cannot be captured while start_at_layer is traced: its block may not run")
-    return tuple(name for name in site_names(config) if name in names)
+    return ordered
+
+
+def placed_captures(
+    config: Gemma3Config,
+    capture: ReducedCapture,
+    shape: Shape,
+    start_at_layer: int | jax.Array | None = None,
+    stop_at_layer: int | None = None,
+) -> dict[str, Steps | None]:
+    """What to keep of each captured site, by canonical name in the model's order; None is the whole value.
+
+    Arguments and errors as in `captured_names` and `place`.
+
+    Raises:
+        ValueError: two keys name the same site.
+    """
+    if not isinstance(capture, Mapping):
+        return dict.fromkeys(captured_names(config, capture, start_at_layer, stop_at_layer))
+    kept: dict[str, Steps | None] = {}
+    for key, steps in capture.items():
+        matches = _running(config, key, start_at_layer, stop_at_layer)
+        twice = [match.name for match in matches if match.name in kept]
+        if twice:
+            raise ValueError(f"two keys of the captures name {twice[0]}; a site is kept once")
+        kept |= {match.name: as_steps(steps, match, shape) for match in matches}
+    return {name: kept[name] for name in _in_order(config, kept, start_at_layer)}
 
 
 def place(

@@ -12,16 +12,27 @@ from jax.typing import DTypeLike
 
 from gemma3_jax.cache import ActivationCache
 from gemma3_jax.config import Gemma3Config
-from gemma3_jax.forward import Capture, Hooks, ReturnType, captured_names, checked_logits_at, edits_of, forward
+from gemma3_jax.forward import (
+    Hooks,
+    ReducedCapture,
+    ReturnType,
+    captured_names,
+    checked_logits_at,
+    edits_of,
+    forward,
+    placed_captures,
+)
 from gemma3_jax.generation.writing import Writing
 from gemma3_jax.gradients import Metric, grad_at
 from gemma3_jax.hooks import as_pytree
+from gemma3_jax.sharing import shared, unshared
+from gemma3_jax.streaming import Streaming
 from gemma3_jax.text import Input
 from gemma3_jax.weights import Weights
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class HookedGemma3(Writing, Weights):
+class HookedGemma3(Writing, Streaming, Weights):
     """A Gemma 3 with its parameters and tokenizer. Holds no hooks: every call says what it captures and edits.
 
     Inputs are text, a list of texts (padded on the right, with the mask that belongs to it), or token ids [p] or
@@ -90,7 +101,7 @@ class HookedGemma3(Writing, Weights):
     def run_with_cache(
         self,
         input: Input,
-        names_filter: Capture | None = None,
+        names_filter: ReducedCapture | None = None,
         *,
         return_type: ReturnType = "logits",
         stop_at_layer: int | None = None,
@@ -106,7 +117,8 @@ class HookedGemma3(Writing, Weights):
         Args:
             input: text, texts, or token ids.
             names_filter: sites to keep: a name, a glob, a list of them, or a predicate on names. None keeps every
-                site, the per-head copies of the residual among them: on a large model, name what you need.
+                site, the per-head copies of the residual among them: on a large model, name what you need. A mapping
+                from names or globs to functions of `gemma3_jax.reductions`, or your own, keeps what they return.
             return_type: "logits", "loss" (mean next-token cross-entropy in nats), "both", or None, which runs no
                 further than the last kept site needs.
             stop_at_layer: run only the blocks before this one and return the residual stream entering it.
@@ -139,7 +151,7 @@ class HookedGemma3(Writing, Weights):
         input: Input,
         fwd_hooks: Hooks = (),
         *,
-        names_filter: Capture | None = None,
+        names_filter: ReducedCapture | None = None,
         return_type: ReturnType = "logits",
         stop_at_layer: int | None = None,
         attention_mask: Any = None,
@@ -180,19 +192,20 @@ class HookedGemma3(Writing, Weights):
     ) -> tuple[Any, ActivationCache]:
         tokens, mask = self.encode(input, attention_mask)
         _check_slices(tokens, remove_batch_dim, pos_slice, logits_at)
-        out, cache = _compiled(
+        run = _compiled(
             self.config,
             self.params,
             tokens,
+            placed_captures(self.config, keep, tokens.shape, stop_at_layer=stop_at_layer),
             edits_of(self.config, hooks, tokens.shape, stop_at_layer),
             mask,
             checked_logits_at(logits_at, tokens.shape, stop_at_layer),
-            capture=captured_names(self.config, keep, stop_at_layer=stop_at_layer),
             return_type=return_type,
             stop_at_layer=stop_at_layer,
             remove_batch_dim=remove_batch_dim,
             pos_slice=pos_slice,
         )
+        out, cache = unshared(run)
         return out, cache.with_params(self.params)
 
     def _run_backward(
@@ -215,25 +228,25 @@ class HookedGemma3(Writing, Weights):
         return value, cache.with_params(self.params)
 
 
-_STATIC = ("config", "capture", "return_type", "stop_at_layer", "remove_batch_dim", "pos_slice")
+_STATIC = ("config", "stop_at_layer", "remove_batch_dim", "pos_slice")
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC)
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "return_type"))
 def _compiled(
     config,
     params,
     tokens,
+    capture,
     edits,
     attention_mask,
     logits_at,
     *,
-    capture,
     return_type,
     stop_at_layer,
     remove_batch_dim,
     pos_slice,
 ):
-    """`forward` under jit, shared by all models: what is captured, and which sites are edited, is part of its key."""
+    """`forward` under jit, shared by all models: which sites are captured, and which are edited, is part of its key."""
     out, cache = forward(
         config,
         params,
@@ -245,10 +258,10 @@ def _compiled(
         stop_at_layer=stop_at_layer,
         return_type=return_type,
     )
-    return out, _cut_all(cache, pos_slice, remove_batch_dim)
+    return shared((out, _cut_all(cache, pos_slice, remove_batch_dim)))
 
 
-@functools.partial(jax.jit, static_argnames=tuple(name for name in _STATIC if name != "return_type"))
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "capture"))
 def _compiled_backward(
     config,
     params,

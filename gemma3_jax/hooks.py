@@ -41,6 +41,8 @@ class Hook:
         key_positions: [b, k] int32, those of the keys where they are not the same tokens, as behind a cache; or None.
         key_mask: [b, k], 1 at real keys; with `key_positions`.
         phase: "prompt", or "generation" for a token that the model itself has written (static).
+        layout: einops pattern from the table's layout to that of the value, where a Hugging Face path named the site
+            and has another (static); or None.
     """
 
     name: str = flax.struct.field(pytree_node=False)
@@ -50,6 +52,7 @@ class Hook:
     key_positions: jax.Array | None = None
     key_mask: jax.Array | None = None
     phase: Phase = flax.struct.field(pytree_node=False, default="prompt")
+    layout: str | None = flax.struct.field(pytree_node=False, default=None)
 
 
 Edit = Callable[[jax.Array, Hook], jax.Array]
@@ -73,11 +76,19 @@ class InLayout:
     layout: str = flax.struct.field(pytree_node=False)
 
     def __call__(self, value: jax.Array, hook: Hook) -> jax.Array:
-        edited = _call(self.edit, einops.rearrange(value, self.layout), hook)
+        shown = hook.replace(layout=self.layout)  # type: ignore[attr-defined] # flax adds it
+        edited = _call(self.edit, einops.rearrange(value, self.layout), shown)
         ours, theirs = self.layout.split(" -> ")
         axes = ours.removeprefix("... ").split()
         sizes = dict(zip(axes, value.shape[-len(axes) :], strict=True))
         return einops.rearrange(edited, f"{theirs} -> {ours}", **sizes)
+
+
+@flax.struct.dataclass
+class Kept:
+    """What is kept of a captured value: one entry of `CAPTURES`, whatever pytree a reduction has made of it."""
+
+    value: Any
 
 
 def apply_edits(edits: Sequence[Edit], value: jax.Array, hook: Hook) -> jax.Array:
@@ -121,21 +132,28 @@ def site_of(module: nn.Module, *names: str) -> str:
 
 
 def interceptor(
-    capture: frozenset[str], edits: Mapping[str, Sequence[Edit]], positions: jax.Array, **told: Any
+    capture: Mapping[str, Callable[[jax.Array, Hook], Any] | None],
+    edits: Mapping[str, Sequence[Edit]],
+    positions: jax.Array,
+    **told: Any,
 ) -> Callable[..., Any]:
     """Build the interceptor that edits, then captures, the sites that are named; all other calls pass through.
 
     Args:
-        capture: canonical names of the sites to keep; their values go to the collection `CAPTURES`.
+        capture: by canonical name what to keep of the sites' values, a function of the value and the hook, or None
+            for the whole; it goes to the collection `CAPTURES`.
         edits: for each canonical name the edits to apply, in order.
         positions: [b, p] int32, handed to the edits.
         **told: what else a `Hook` tells them.
     """
 
     def visit(module: nn.Module, hook: str, site: str, value: Any) -> Any:
-        value = apply_edits(edits.get(site, ()), value, Hook(site, _layer(module), positions, **told))
+        told_here = Hook(site, _layer(module), positions, **told)
+        value = apply_edits(edits.get(site, ()), value, told_here)
         if site in capture:
-            module.sow(CAPTURES, hook, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+            reduce = capture[site]
+            kept = Kept(value if reduce is None else reduce(value, told_here))
+            module.sow(CAPTURES, hook, kept, init_fn=lambda: None, reduce_fn=lambda _, new: new)
         return value
 
     def intercept(next_fun, args, kwargs, context):
@@ -150,10 +168,10 @@ def interceptor(
     return intercept
 
 
-def captured(variables: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """The captured values by canonical name, from the variables that `apply(..., mutable=[CAPTURES])` returned."""
-    leaves = jax.tree_util.tree_leaves_with_path(variables.get(CAPTURES, {}))
-    return {_name([key.key for key in path]): value for path, value in leaves}
+def captured(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """What was captured by canonical name, from the variables that `apply(..., mutable=[CAPTURES])` returned."""
+    entries = jax.tree_util.tree_leaves_with_path(variables.get(CAPTURES, {}), lambda node: isinstance(node, Kept))
+    return {_name([key.key for key in path]): entry.value for path, entry in entries}
 
 
 def _name(path: Sequence[str]) -> str:

@@ -367,7 +367,7 @@ def select(wanted: str | Iterable[str] | Callable[[str], bool], config: Gemma3Co
         chosen = [m for name, m in known.items() if not name.startswith(("model.", "lm_head.")) and wanted(name)]
     else:
         chosen = [match for name in wanted for match in _expand(name, config)]
-    order = {name: i for i, name in enumerate(site_names(config))}
+    order = _order(config.num_hidden_layers)
     # A match without a layout comes last, so that it wins over the same site under its Hugging Face path.
     by_name = {match.name: match for match in sorted(chosen, key=lambda match: match.layout is None)}
     return tuple(sorted(by_name.values(), key=lambda match: order[match.name]))
@@ -466,6 +466,12 @@ def _table(n_layers: int) -> dict[str, Site]:
     head, tail = SITES[:first], SITES[first + len(per_block) :]
     blocks = {row.name.replace("{i}", str(i)): row for i in range(n_layers) for row in per_block}
     return {**{row.name: row for row in head}, **blocks, **{row.name: row for row in tail}}
+
+
+@functools.cache
+def _order(n_layers: int) -> dict[str, int]:
+    """The place of every site, by canonical name."""
+    return {name: i for i, name in enumerate(_table(n_layers))}
 
 
 @functools.cache

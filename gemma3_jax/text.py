@@ -4,7 +4,7 @@ Axes: b batch, p position.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -75,8 +75,8 @@ class Text:
         return ids[0]
 
     def _ids_of(self, input: Input) -> tuple[jax.Array, jax.Array | None]:
-        if isinstance(input, str) or (isinstance(input, Sequence) and input and isinstance(input[0], str)):
-            return self._tokenize(input, prepend_bos=True, padding_side="right")  # type: ignore[arg-type]
+        if is_text(input):
+            return self._tokenize(input, prepend_bos=True, padding_side="right")
         if isinstance(input, jax.core.Tracer):  # its values, and so their range, are not known yet
             return jnp.atleast_2d(input), None
         try:
@@ -95,6 +95,13 @@ class Text:
     def _tokenize(
         self, input: str | Sequence[str], prepend_bos: bool, padding_side: str
     ) -> tuple[jax.Array, jax.Array | None]:
+        tokens, mask = self._padded(input, prepend_bos, padding_side)
+        return jnp.asarray(tokens), None if mask is None else jnp.asarray(mask)
+
+    def _padded(
+        self, input: str | Sequence[str], prepend_bos: bool, padding_side: str
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Ids [b, p] int32 of texts, and their mask where they differ in length, on the host."""
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side is {padding_side!r}; it takes 'left' and 'right'")
         rows = [self._ids(text, prepend_bos) for text in ([input] if isinstance(input, str) else input)]
@@ -107,10 +114,10 @@ class Text:
             padding = [fill] * (length - len(row))
             return padding + row if padding_side == "left" else row + padding
 
-        tokens = jnp.asarray([padded(row, pad) for row in rows], jnp.int32)
+        tokens = np.asarray([padded(row, pad) for row in rows], np.int32)
         if all(len(row) == length for row in rows):
             return tokens, None
-        return tokens, jnp.asarray([padded([1] * len(row), 0) for row in rows], jnp.int32)
+        return tokens, np.asarray([padded([1] * len(row), 0) for row in rows], np.int32)
 
     def _ids(self, text: str, prepend_bos: bool) -> list[int]:
         ids = list(self._need_tokenizer()(text, add_special_tokens=False)["input_ids"])
@@ -126,3 +133,8 @@ class Text:
                 "this model has no tokenizer; pass token ids, or give it one: HookedGemma3(..., tokenizer)"
             )
         return self.tokenizer
+
+
+def is_text(input: Any) -> TypeGuard[str | Sequence[str]]:
+    """A text, or several."""
+    return isinstance(input, str) or (isinstance(input, Sequence) and bool(input) and isinstance(input[0], str))
