@@ -11,59 +11,27 @@ import jax.numpy as jnp
 
 from gemma3_jax.config import Gemma3Config, LayerType
 from gemma3_jax.hooks import HookPoint, site_of
-from gemma3_jax.layers import HeadsIn, HeadsOut, RMSNorm, matmul, rotate
+from gemma3_jax.kernels import Mask, attend, mix, mixed, scores
+from gemma3_jax.layers import HeadsIn, HeadsOut, RMSNorm, rotate
 
 
-def visible(config: Gemma3Config, layer_type: LayerType, length: int, attention_mask: jax.Array | None) -> jax.Array:
-    """[1 or b, p, k] bool: whether query p sees key k in a layer of this type.
+def visible(config: Gemma3Config, layer_type: LayerType, length: int, attention_mask: jax.Array | None) -> Mask:
+    """Which keys a query sees in a layer of this type, among `length` columns.
 
     Distances are counted in the array, as in Hugging Face, so that padding on either side leaves real tokens the
     neighbours they have alone. `attention_mask` [b, k] is 1 at real tokens. Source: `transformers` `masking_utils`.
     """
-    # [p, k]
-    distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
-    sliding = layer_type == "sliding_attention"
-    if config.use_bidirectional_attention:
-        reach = config.sliding_window // 2 + 1
-        seen = jnp.abs(distance) < reach if sliding else jnp.ones_like(distance, bool)
-    else:
-        seen = distance >= 0
-        if sliding:
-            seen &= distance < config.sliding_window
-    if attention_mask is None:
-        return seen[None]
-    return seen[None] & attention_mask.astype(bool)[:, None, :]
-
-
-def scores(q: jax.Array, k: jax.Array, scale: float, seen: jax.Array) -> jax.Array:
-    """[b, h, p, k] float32: `q . k * scale`, and the lowest float32 where `seen` [1 or b, p, k] is false.
-
-    q [b, p, h, e]; k [b, k, g, e], of which each serves h / g consecutive query heads.
-    """
-    b, p, h, e = q.shape
-    # [b, p, g, r, e] x [b, k, g, e] -> [b, g, r, p, k]
-    dots = matmul("bpgre,bkge->bgrpk", q.reshape(b, p, k.shape[2], -1, e), k, jnp.float32)
-    # [b, h, p, k]
-    return jnp.where(seen[:, None], dots.reshape(b, h, p, -1) * scale, jnp.finfo(jnp.float32).min)
-
-
-def mix(pattern: jax.Array, v: jax.Array) -> jax.Array:
-    """[b, p, h, e]: what each query takes from v [b, k, g, e] under pattern [b, h, p, k]."""
-    return _mixed(pattern, v).astype(v.dtype)
-
-
-def _mixed(pattern: jax.Array, v: jax.Array) -> jax.Array:
-    """`mix` in float32."""
-    b, h, p, k = pattern.shape
-    # [b, g, r, p, k] x [b, k, g, e] -> [b, p, g, r, e]
-    grouped = pattern.reshape(b, v.shape[2], -1, p, k).astype(v.dtype)
-    return matmul("bgrpk,bkge->bpgre", grouped, v, jnp.float32).reshape(b, p, h, -1)
+    both_ways = config.use_bidirectional_attention
+    before = length - 1
+    if layer_type == "sliding_attention":
+        before = min(before, config.sliding_window // 2 if both_ways else config.sliding_window - 1)
+    return Mask(before, before if both_ways else 0, None if attention_mask is None else attention_mask.astype(bool))
 
 
 def _mix_both(pattern: jax.Array, cached: jax.Array, v: jax.Array) -> jax.Array:
     """`mix` of pattern [b, h, p, s + p] with the values of a past [b, s, g, e] and new ones [b, p, g, e]."""
     s = cached.shape[1]
-    return (_mixed(pattern[..., :s], cached) + _mixed(pattern[..., s:], v)).astype(v.dtype)
+    return (mixed(pattern[..., :s], cached) + mixed(pattern[..., s:], v)).astype(v.dtype)
 
 
 @flax.struct.dataclass
@@ -116,8 +84,8 @@ def _with_fill(x: jax.Array, fill: float) -> jax.Array:
 class Attention(nn.Module):
     """Grouped-query attention with q and k norms and rotary embedding (`Gemma3Attention`).
 
-    `watched` and `edited` name the sites that somebody captures or edits, and edits: per-head results are computed
-    only for those who look.
+    `watched` and `edited` name the sites that somebody captures or edits, and edits: scores, patterns and per-head
+    results are computed only for those who look.
     """
 
     config: Gemma3Config
@@ -129,7 +97,7 @@ class Attention(nn.Module):
         self,
         x: jax.Array,
         tables: tuple[jax.Array, jax.Array],
-        seen: jax.Array,
+        mask: Mask,
         head_changes: tuple[jax.Array, jax.Array, jax.Array] | None = None,
         past: Past | None = None,
     ) -> jax.Array:
@@ -147,9 +115,23 @@ class Attention(nn.Module):
         q = HookPoint(name="hook_rot_q")(rotate(q, cos, sin))
         k = HookPoint(name="hook_rot_k")(rotate(k, cos, sin))
 
-        # [b, h, p, k]
+        shown = self.watched.intersection(site_of(self, name) for name in ("hook_attn_scores", "hook_pattern"))
         scale = c.query_pre_attn_scalar**-0.5
-        pre = scores(q, k, scale, seen)
+        # [b, p, h, e]
+        z = self._shown(q, k, v, scale, mask, past) if shown or past is not None else attend(q, k, v, scale, mask)
+        name = site_of(self, "hook_result")
+        hook_result = HookPoint(name="hook_result") if name in self.watched else None
+        o = HeadsOut((c.num_attention_heads, c.head_dim, c.hidden_size), c.attention_bias, name="o")
+        # [b, p, h, e] -> [b, p, d]
+        return o(z, hook_result, name in self.edited)
+
+    def _shown(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: Mask, past: Past | None
+    ) -> jax.Array:
+        """[b, p, h, e]: attention whose scores and pattern pass through their hooks."""
+        columns = jnp.arange(q.shape[1])
+        # [b, h, p, k]
+        pre = scores(q, k, scale, mask.seen(columns, columns))
         if past is not None:
             # [b, h, p, s + p]
             pre = jnp.concatenate([scores(q, past.keys, scale, past.seen), pre], axis=-1)
@@ -159,12 +141,7 @@ class Attention(nn.Module):
             # An edit that scales takes masked scores to minus infinity, and a row of these to NaN.
             pre = jnp.maximum(pre, lowest)
         pattern = self._hooked("hook_pattern", jax.nn.softmax(pre, axis=-1), past, 0.0)
-        # [b, p, h, e] -> [b, p, d]
-        z = mix(pattern, v) if past is None else _mix_both(pattern, past.values, v)
-        name = site_of(self, "hook_result")
-        hook_result = HookPoint(name="hook_result") if name in self.watched else None
-        o = HeadsOut((c.num_attention_heads, c.head_dim, c.hidden_size), c.attention_bias, name="o")
-        return o(z, hook_result, name in self.edited)
+        return mix(pattern, v) if past is None else _mix_both(pattern, past.values, v)
 
     def _hooked(self, name: str, x: jax.Array, past: Past | None, fill: float) -> jax.Array:
         hook = HookPoint(name=name)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from gemma3_jax.attention import Attention, Past, visible
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.hooks import HookPoint, site_of
+from gemma3_jax.kernels import Mask
 from gemma3_jax.layers import Embed, Linear, RMSNorm, Unembed, rope_tables
 from gemma3_jax.positions import at_positions, default_positions
 
@@ -41,12 +42,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, tables: tuple[jax.Array, jax.Array], seen: jax.Array, past: Past | None = None
+        self, x: jax.Array, tables: tuple[jax.Array, jax.Array], mask: Mask, past: Past | None = None
     ) -> jax.Array:
         c = self.config
         ln1 = RMSNorm(c.hidden_size, c.rms_norm_eps, name="ln1")
         attn_out = Attention(c, self.watched, self.edited, name="attn")(
-            ln1(x), tables, seen, self._head_changes(x, ln1), past
+            ln1(x), tables, mask, self._head_changes(x, ln1), past
         )
         x = x + RMSNorm(c.hidden_size, c.rms_norm_eps, name="ln1_post")(attn_out)
         x = HookPoint(name="hook_resid_mid")(x)
@@ -91,9 +92,10 @@ class Gemma3(nn.Module):
 
     Attributes:
         config: the model's shape.
-        watched: canonical names of sites that an interceptor captures or edits. Five sites of a block are computed
-            only when they are in it: `hook_result`, `hook_attn_in` and `hook_{q,k,v}_input`. `forward` fills it in;
-            an interceptor of your own needs it for these five, and for no other.
+        watched: canonical names of sites that an interceptor captures or edits. Seven sites of a block are computed
+            only when they are in it: `hook_attn_scores`, `hook_pattern`, `hook_result`, `hook_attn_in` and
+            `hook_{q,k,v}_input`. `forward` fills it in; an interceptor of your own needs it for these seven, and for
+            no other.
         edited: those of them that are edited.
     """
 
@@ -142,10 +144,10 @@ class Gemma3(nn.Module):
             positions = default_positions(x.shape[:2], attention_mask)
         kinds = sorted(set(c.layer_types))
         tables = {kind: rope_tables(c.rope(kind), positions, c.head_dim) for kind in kinds}
-        seen = {kind: visible(c, kind, length, attention_mask) for kind in kinds}
+        masks = {kind: visible(c, kind, length, attention_mask) for kind in kinds}
         for i, kind in enumerate(c.layer_types[:stop_at_layer]):
             block = Block(c, self.watched, self.edited, name=f"blocks_{i}")
-            x = _from_layer(start_at_layer, i, block, x, tables[kind], seen[kind], None if past is None else past[i])
+            x = _from_layer(start_at_layer, i, block, x, tables[kind], masks[kind], None if past is None else past[i])
         if stop_at_layer is not None:
             return x
         x = RMSNorm(c.hidden_size, c.rms_norm_eps, name="ln_final")(x)

@@ -37,7 +37,8 @@ def reference(mask: np.ndarray, **rule) -> np.ndarray:
 
 def masks(window: int, bidirectional: bool, kind: str, mask: np.ndarray | None) -> np.ndarray:
     config = dataclasses.replace(CONFIG, sliding_window=window, use_bidirectional_attention=bidirectional)
-    return np.asarray(visible(config, kind, LENGTH, None if mask is None else jnp.asarray(mask)))
+    found = visible(config, kind, LENGTH, None if mask is None else jnp.asarray(mask))
+    return np.asarray(found.seen(jnp.arange(LENGTH), jnp.arange(LENGTH)))
 
 
 # Any pattern of padding, not only at the ends: visibility is decided key by key.
