@@ -4,11 +4,15 @@ Every Linen module of the model is a component with two sites, `hook_in` (its fi
 result). A value that is no module's argument or result passes through a `HookPoint`, whose path is its site.
 `flax.linen.intercept_methods` sees all of them; nothing is registered on a module and nothing has to be reset.
 
+Under a scan over layers a body is traced once for several of them (`Repeated`). An edit of one layer is then a branch
+that the scan takes at that layer, and a capture writes the rows of a buffer that the scan carries.
+
 An interceptor acts while a function is traced. Enter it inside the function that is jitted, as `forward` does: one
 that is set around an already jitted function is ignored, silently.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import einops
@@ -16,6 +20,8 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+from gemma3_jax.sites import layer_of
 
 Phase = Literal["prompt", "generation"]
 CAPTURES = "captures"  # the Linen collection that holds captured values while the model runs
@@ -27,6 +33,24 @@ class HookPoint(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         return x
+
+
+class Repeated(nn.Module):
+    """A body of a scan: at each step its children `place_0`, `place_1`, ... are the blocks of other layers.
+
+    It is called with the step [] as second argument.
+
+    Attributes:
+        layers: for each place the layers that it stands for, step by step. With one step only, children have the names
+            that blocks have outside of a scan.
+    """
+
+    layers: tuple[tuple[int, ...], ...]
+
+    def names(self, site: str) -> list[str]:
+        """The canonical names, step by step, of a site of the body: place_3.attn.hook_out -> blocks.3.attn..."""
+        place, rest = site.split(".", 1)
+        return [f"blocks.{layer}.{rest}" for layer in self.layers[int(place.removeprefix("place_"))]]
 
 
 @flax.struct.dataclass
@@ -132,14 +156,31 @@ def interceptor(
         **told: what else a `Hook` tells them.
     """
 
+    scans: list[tuple[Repeated, jax.Array]] = []  # the body that is being traced, with its step
+
+    def edited(name: str, value: Any) -> Any:
+        return apply_edits(edits.get(name, ()), value, Hook(name, layer_of(name), positions, **told))
+
     def visit(module: nn.Module, hook: str, site: str, value: Any) -> Any:
-        value = apply_edits(edits.get(site, ()), value, Hook(site, _layer(module), positions, **told))
+        if scans:
+            body, step = scans[-1]
+            names = body.names(site)
+            value = _edited_at(step, [name if name in edits else None for name in names], edited, value)
+            _keep_at(step, [name if name in capture else None for name in names], module, hook, value)
+            return value
+        value = edited(site, value)
         if site in capture:
             module.sow(CAPTURES, hook, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
         return value
 
     def intercept(next_fun, args, kwargs, context):
         module = context.module
+        if isinstance(module, Repeated) and context.method_name == "__call__" and len(module.layers[0]) > 1:
+            scans.append((module, args[1]))
+            try:
+                return next_fun(*args, **kwargs)
+            finally:
+                scans.pop()
         if context.method_name != "__call__" or not module.path:
             return next_fun(*args, **kwargs)
         if isinstance(module, HookPoint):
@@ -150,16 +191,61 @@ def interceptor(
     return intercept
 
 
+@flax.struct.dataclass
+class Kept:
+    """What a scan has captured at one site of its body.
+
+    Attributes:
+        rows: [n, ...] those of `names`, in order; one more, that nobody asked for, where the scan has more steps.
+        names: canonical names.
+    """
+
+    rows: jax.Array
+    names: tuple[str, ...] = flax.struct.field(pytree_node=False)
+
+
 def captured(variables: Mapping[str, Any]) -> dict[str, jax.Array]:
     """The captured values by canonical name, from the variables that `apply(..., mutable=[CAPTURES])` returned."""
-    leaves = jax.tree_util.tree_leaves_with_path(variables.get(CAPTURES, {}))
-    return {_name([key.key for key in path]): value for path, value in leaves}
+    leaves = jax.tree_util.tree_leaves_with_path(variables.get(CAPTURES, {}), is_leaf=lambda x: isinstance(x, Kept))
+    values: dict[str, jax.Array] = {}
+    for path, value in leaves:
+        if isinstance(value, Kept):
+            values |= {name: value.rows[i] for i, name in enumerate(value.names)}
+        else:
+            values[_name([key.key for key in path])] = value
+    return values
+
+
+def _edited_at(step: jax.Array, names: Sequence[str | None], edited: Callable[[str, Any], Any], value: Any) -> Any:
+    """The value, by `edited(name, value)` with the name that the step has; None leaves it as it is."""
+    there, which = _those_of(names)
+    if not there:
+        return value
+    branches = [*(functools.partial(edited, name) for name in there), lambda value: value]
+    return jax.lax.switch(jnp.asarray(which)[step], branches, value)
+
+
+def _keep_at(step: jax.Array, names: Sequence[str | None], module: nn.Module, hook: str, value: Any) -> None:
+    """Write the value, for a step that has a name, to the row of that name."""
+    there, rows = _those_of(names)
+
+    def none_yet() -> Kept:
+        return Kept(jnp.zeros((max(rows) + 1, *value.shape), value.dtype), tuple(there))
+
+    def write(kept: Kept, new: jax.Array) -> Kept:
+        written = jax.lax.dynamic_update_index_in_dim(kept.rows, new, jnp.asarray(rows)[step], axis=0)
+        return kept.replace(rows=written)  # type: ignore[attr-defined] # flax adds it
+
+    if there:
+        module.sow(CAPTURES, hook, value, init_fn=none_yet, reduce_fn=write)
+
+
+def _those_of(names: Iterable[str | None]) -> tuple[list[str], list[int]]:
+    """The names that there are, and for each entry its place among them: behind the last where it is None."""
+    names = list(names)
+    there = [name for name in names if name is not None]
+    return there, [len(there) if name is None else there.index(name) for name in names]
 
 
 def _name(path: Sequence[str]) -> str:
     return ".".join(path).removesuffix(".value").replace("blocks_", "blocks.")
-
-
-def _layer(module: nn.Module) -> int | None:
-    root = module.path[0]
-    return int(root.removeprefix("blocks_")) if root.startswith("blocks_") else None
