@@ -22,6 +22,7 @@ from conversion.files import CheckpointError
 from conversion.gemma3 import Entry, entries, find_head, find_prefix, is_vision
 from conversion.steps import AddOne, Keep, Step
 from gemma3_jax.config import Gemma3Config
+from gemma3_jax.stacking import unstack_layers
 
 Params = dict[str, Any]
 
@@ -114,7 +115,7 @@ def export_checkpoint(
 
     Args:
         config: shape of the model.
-        params: parameter pytree.
+        params: parameter pytree; stacked ones (`gemma3_jax.stack_layers`) are unstacked first, a second copy.
         directory: does not exist yet, or is empty.
         dtype: of the tensors; None keeps each parameter's, and gives the norms the dtype of the embedding.
         tokenizer: a directory whose tokenizer files are copied, or a tokenizer with `save_pretrained`.
@@ -123,7 +124,7 @@ def export_checkpoint(
     Raises:
         CheckpointError: parameters that do not fit the config, or a directory that holds something already.
     """
-    flat = check_params(config, params)
+    flat = check_params(config, unstack_layers(config, params))
     table = {_exported_name(entry): entry for entry in entries(config)}
     norm_dtype = flat["embed.weight"].dtype
     dtypes = {

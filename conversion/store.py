@@ -15,6 +15,7 @@ from conversion.files import CheckpointError
 from conversion.gemma3 import entries
 from conversion.steps import AddOne
 from gemma3_jax.config import Gemma3Config
+from gemma3_jax.stacking import unstack_layers
 
 _PARAMS = "params"
 
@@ -26,13 +27,14 @@ def save_params(
 
     Args:
         config: shape of the model.
-        params: parameter pytree.
+        params: parameter pytree; stacked ones (`gemma3_jax.stack_layers`) are stored unstacked.
         directory: does not exist yet, or is empty.
         tokenizer: as in `export_checkpoint`.
 
     Raises:
         CheckpointError: parameters that do not fit the config, or a directory that holds something already.
     """
+    params = unstack_layers(config, params)
     check_params(config, params)
     with files.writing(directory) as target:
         with ocp.StandardCheckpointer() as checkpointer:

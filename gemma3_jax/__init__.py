@@ -12,6 +12,7 @@ from gemma3_jax.hooked import HookedGemma3
 from gemma3_jax.hooks import Hook, HookPoint
 from gemma3_jax.model import Gemma3
 from gemma3_jax.sites import UnknownSite, get_act_name, site_names
+from gemma3_jax.stacking import stack_layers, unstack_layers
 
 # The trained model that comes with the package: a checkpoint directory like any other.
 TINY = Path(__file__).with_name("tiny")
@@ -38,4 +39,6 @@ __all__ = [
     "pictures",
     "reductions",
     "site_names",
+    "stack_layers",
+    "unstack_layers",
 ]

@@ -17,6 +17,7 @@ import numpy as np
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.layers import matmul
 from gemma3_jax.sites import site
+from gemma3_jax.stacking import layer_params
 
 Index = int | slice | Sequence[int] | np.ndarray | jax.Array
 Tokens = int | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
@@ -188,10 +189,10 @@ class Components:
                 "this needs the model's weights, and the cache has none (it does not carry them through jit, vmap, "
                 "tree.map or a file): call cache.with_params(params)"
             )
-        node = self.params
-        for key in (*component.replace("blocks.", "blocks_").split("."), leaf):
-            node = node[key]
-        return node
+        *block, part = component.split(".", 2)
+        if block:
+            return layer_params(self.config, self.params, int(block[1]), *part.split("."), leaf)
+        return self.params[part][leaf]
 
     def _stream(self, layer: int, mlp_input: bool = False) -> str:
         """The site that holds the stream entering that layer, or its MLP."""

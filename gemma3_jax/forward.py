@@ -18,6 +18,7 @@ from gemma3_jax.model import Gemma3, one_input
 from gemma3_jax.positions import Shape, default_positions
 from gemma3_jax.reductions import Reduction, Steps, as_steps
 from gemma3_jax.sites import Match, layer_of, select, site_names
+from gemma3_jax.stacking import check_layout, is_stacked
 
 ReturnType = Literal["logits", "loss", "both", None]
 Capture = str | Iterable[str] | Callable[[str], bool]
@@ -52,7 +53,8 @@ def forward(
 
     Args:
         config: shape of the model.
-        params: parameter pytree, as `conversion.convert_checkpoint` returns it.
+        params: parameter pytree, as `conversion.convert_checkpoint` returns it; or as `stack_layers` does, to scan over
+            layers, for the same results from a smaller program.
         tokens: [b, p] integer ids below `config.vocab_size`.
         capture: sites to return: a name, several names, globs (`blocks.*.hook_out`), or a predicate on names. A
             mapping from names or globs to functions `function(value, hook) -> arrays` (several in a list run in order;
@@ -67,7 +69,8 @@ def forward(
         positions: [b, p] integer positions for the rotary embedding; by default they count the real tokens.
         inputs_embeds: [b, p, d] embeddings in place of `tokens`, scaled by sqrt(d) already (as Hugging Face has it).
         start_at_layer: take `inputs_embeds` as the residual stream entering this block, and skip those before it.
-            May be traced, with one compilation for every layer; blocks' sites cannot be captured then.
+            Negative counts from the end. May be traced, with one compilation for every layer; blocks' sites cannot be
+            captured then.
         stop_at_layer: run only the blocks before this one and return the residual stream [b, p, d] entering it.
             Negative counts from the end.
         logits_at: positions at which to compute logits, and nowhere else, [], [n] or [b, n]: counted over each row's
@@ -107,11 +110,14 @@ def forward(
     placed = placed_edits(config, edits or {}, extent, start_at_layer, stop_at_layer)
     if "embed" not in params:
         raise ValueError("params lack 'embed'; pass the pytree that `convert_checkpoint` returns, as it is")
+    if is_stacked(params):
+        check_layout(config, params)
     stop = _layers_needed(config, names) if return_type is None and stop_at_layer is None else stop_at_layer
     if positions is None:
         positions = default_positions(source.shape[:2], attention_mask)
 
-    model = Gemma3(config, watched=frozenset(names) | frozenset(placed), edited=frozenset(placed))
+    watched, edited = frozenset(names) | frozenset(placed), frozenset(placed)
+    model = Gemma3(config, watched=watched, edited=edited, scan_layers=is_stacked(params))
     # The interceptor is entered here, inside the function that gets traced: see `gemma3_jax.hooks`.
     told = {"attention_mask": attention_mask, "phase": phase} | ({} if past is None else _keys_of(past[0], source))
     with nn.intercept_methods(interceptor(kept, placed, positions, **told)):

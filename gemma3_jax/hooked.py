@@ -26,6 +26,7 @@ from gemma3_jax.generation.writing import Writing
 from gemma3_jax.gradients import Metric, grad_at
 from gemma3_jax.hooks import as_pytree
 from gemma3_jax.sharing import shared, unshared
+from gemma3_jax.stacking import stack_layers
 from gemma3_jax.streaming import Streaming
 from gemma3_jax.text import Input
 from gemma3_jax.weights import Weights
@@ -39,10 +40,17 @@ class HookedGemma3(Writing, Streaming, Weights):
     [b, p]. Each set of captures, hook sites and input shape compiles once; other values compile nothing. The model is
     a pytree of its parameters: pass it to a function of your own under `jit`, `grad` or `vmap` like an array.
 
+    Args:
+        config: shape of the model.
+        params: parameter pytree in either layout, as `conversion.convert_checkpoint` or `stack_layers` returns it.
+        tokenizer: a Hugging Face tokenizer, or None.
+        scan_layers: bring the parameters into the layout of `stack_layers`, from which every run scans over layers: a
+            deep model compiles as fast as a shallow one, with the same results. Else they stay as they are.
+
     Attributes:
         config: shape of the model.
-        params: parameter pytree, as `conversion.convert_checkpoint` returns it.
-        tokenizer: a Hugging Face tokenizer, or None.
+        params: parameter pytree.
+        tokenizer: the tokenizer, or None.
 
     >>> from gemma3_jax import TINY, HookedGemma3
     >>> model = HookedGemma3.from_pretrained(TINY)
@@ -51,14 +59,19 @@ class HookedGemma3(Writing, Streaming, Weights):
     ('blocks.0.hook_out', True)
     """
 
-    def __init__(self, config: Gemma3Config, params: Any, tokenizer: Any = None):
+    def __init__(self, config: Gemma3Config, params: Any, tokenizer: Any = None, *, scan_layers: bool = False):
         self.config = config
-        self.params = params
+        self.params = stack_layers(config, params) if scan_layers else params
         self.tokenizer = tokenizer
 
     @classmethod
     def from_pretrained(
-        cls, source: str | os.PathLike[str], dtype: DTypeLike | None = None, revision: str | None = None
+        cls,
+        source: str | os.PathLike[str],
+        dtype: DTypeLike | None = None,
+        revision: str | None = None,
+        *,
+        scan_layers: bool = False,
     ) -> "HookedGemma3":
         """Convert a checkpoint (see `conversion.convert_checkpoint`) and load its tokenizer where it has one.
 
@@ -66,6 +79,7 @@ class HookedGemma3(Writing, Streaming, Weights):
             source: directory or hub id; a directory that `gemma3-jax convert` wrote is read as it is.
             dtype: "float32", "bfloat16", "float16", or None for what is stored.
             revision: branch, tag or commit on the hub.
+            scan_layers: stack the parameters, see `HookedGemma3`; takes twice their memory while it is done.
         """
         # Here and not above: conversion imports gemma3_jax.config, and may be the first of the two to be imported.
         from conversion import convert_checkpoint, load_params
@@ -76,7 +90,7 @@ class HookedGemma3(Writing, Streaming, Weights):
         config, params = (
             load_params(directory, dtype) if is_converted(directory) else convert_checkpoint(directory, dtype)
         )
-        return cls(config, params, load_tokenizer(directory))
+        return cls(config, params, load_tokenizer(directory), scan_layers=scan_layers)
 
     def tree_flatten_with_keys(self):
         return [(jax.tree_util.GetAttrKey("params"), self.params)], (self.config, self.tokenizer)

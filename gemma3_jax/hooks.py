@@ -4,10 +4,14 @@ Every Linen module of the model is a component with two sites, `hook_in` (its fi
 result). A value that is no module's argument or result passes through a `HookPoint`, whose path is its site.
 `flax.linen.intercept_methods` sees all of them; nothing is registered on a module and nothing has to be reset.
 
+Under a scan over layers a body is traced once for several of them (`Repeated`). An edit of one layer is then a branch
+that the scan takes at that layer, and a capture writes the rows of a buffer that the scan carries.
+
 An interceptor acts while a function is traced. Enter it inside the function that is jitted, as `forward` does: one
 that is set around an already jitted function is ignored, silently.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -16,6 +20,9 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+from gemma3_jax.sites import layer_of
+from gemma3_jax.steps import Rows, edited_at, no_rows, written_at
 
 Phase = Literal["prompt", "generation"]
 CAPTURES = "captures"  # the Linen collection that holds captured values while the model runs
@@ -27,6 +34,24 @@ class HookPoint(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         return x
+
+
+class Repeated(nn.Module):
+    """A body of a scan: at each step its children `place_0`, `place_1`, ... are the blocks of other layers.
+
+    It is called with the step [] as second argument.
+
+    Attributes:
+        layers: for each place the layers that it stands for, step by step. With one step only, children have the names
+            that blocks have outside of a scan.
+    """
+
+    layers: tuple[tuple[int, ...], ...]
+
+    def names(self, site: str) -> list[str]:
+        """The canonical names, step by step, of a site of the body: place_3.attn.hook_out -> blocks.3.attn..."""
+        place, rest = site.split(".", 1)
+        return [f"blocks.{layer}.{rest}" for layer in self.layers[int(place.removeprefix("place_"))]]
 
 
 @flax.struct.dataclass
@@ -147,17 +172,42 @@ def interceptor(
         **told: what else a `Hook` tells them.
     """
 
+    scans: list[tuple[Repeated, jax.Array]] = []  # the body that is being traced, with its step
+
+    def told_at(name: str) -> Hook:
+        return Hook(name, layer_of(name), positions, **told)
+
+    def edited(name: str, value: Any) -> Any:
+        return apply_edits(edits.get(name, ()), value, told_at(name))
+
+    def kept(name: str, value: Any) -> Any:
+        reduce = capture[name]
+        return value if reduce is None else reduce(value, told_at(name))
+
     def visit(module: nn.Module, hook: str, site: str, value: Any) -> Any:
-        told_here = Hook(site, _layer(module), positions, **told)
-        value = apply_edits(edits.get(site, ()), value, told_here)
+        if scans:
+            body, step = scans[-1]
+            names = body.names(site)
+            value = edited_at(step, [name if name in edits else None for name in names], edited, value)
+            wanted = [name if name in capture else None for name in names]
+            if any(wanted):
+                empty = functools.partial(no_rows, wanted, kept, value)
+                write = functools.partial(written_at, step, wanted, kept, lambda name: capture[name] is None)
+                module.sow(CAPTURES, hook, value, init_fn=empty, reduce_fn=write)
+            return value
+        value = edited(site, value)
         if site in capture:
-            reduce = capture[site]
-            kept = Kept(value if reduce is None else reduce(value, told_here))
-            module.sow(CAPTURES, hook, kept, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+            module.sow(CAPTURES, hook, Kept(kept(site, value)), init_fn=lambda: None, reduce_fn=lambda _, new: new)
         return value
 
     def intercept(next_fun, args, kwargs, context):
         module = context.module
+        if isinstance(module, Repeated) and context.method_name == "__call__" and len(module.layers[0]) > 1:
+            scans.append((module, args[1]))
+            try:
+                return next_fun(*args, **kwargs)
+            finally:
+                scans.pop()
         if context.method_name != "__call__" or not module.path:
             return next_fun(*args, **kwargs)
         if isinstance(module, HookPoint):
@@ -170,14 +220,14 @@ def interceptor(
 
 def captured(variables: Mapping[str, Any]) -> dict[str, Any]:
     """What was captured by canonical name, from the variables that `apply(..., mutable=[CAPTURES])` returned."""
-    entries = jax.tree_util.tree_leaves_with_path(variables.get(CAPTURES, {}), lambda node: isinstance(node, Kept))
-    return {_name([key.key for key in path]): entry.value for path, entry in entries}
+    entries = jax.tree_util.tree_leaves_with_path(
+        variables.get(CAPTURES, {}), lambda node: isinstance(node, Kept | Rows)
+    )
+    values: dict[str, Any] = {}
+    for path, entry in entries:
+        values |= entry.by_name() if isinstance(entry, Rows) else {_name([key.key for key in path]): entry.value}
+    return values
 
 
 def _name(path: Sequence[str]) -> str:
     return ".".join(path).removesuffix(".value").replace("blocks_", "blocks.")
-
-
-def _layer(module: nn.Module) -> int | None:
-    root = module.path[0]
-    return int(root.removeprefix("blocks_")) if root.startswith("blocks_") else None

@@ -3,8 +3,9 @@
 Axes: b batch, p position, d hidden_size, f intermediate_size, h query heads, g key/value heads, V vocabulary.
 """
 
+import functools
+import math
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,6 +17,8 @@ from gemma3_jax.hooks import HookPoint, site_of
 from gemma3_jax.kernels import Mask
 from gemma3_jax.layers import Embed, Linear, RMSNorm, Unembed, rope_tables
 from gemma3_jax.positions import at_positions, default_positions
+from gemma3_jax.scan import from_layer, run_stacked
+from gemma3_jax.stacking import repeats
 
 
 class GatedMLP(nn.Module):
@@ -97,11 +100,15 @@ class Gemma3(nn.Module):
             `hook_{q,k,v}_input`. `forward` fills it in; an interceptor of your own needs it for these seven, and for
             no other.
         edited: those of them that are edited.
+        scan_layers: scan over the periods in which the layer types repeat, which compiles a deep model as fast as a
+            shallow one: the parameters are in the layout of `gemma3_jax.stack_layers`. An interceptor of your own sees
+            the modules of one period, `place_0` and so on, in place of `blocks_0`.
     """
 
     config: Gemma3Config
     watched: frozenset[str] = frozenset()
     edited: frozenset[str] = frozenset()
+    scan_layers: bool = False
 
     @nn.compact
     def __call__(
@@ -123,8 +130,9 @@ class Gemma3(nn.Module):
             attention_mask: [b, p], 1 at real tokens and 0 at padding, on either side.
             positions: [b, p] integer positions for the rotary embedding; by default `default_positions`.
             inputs_embeds: [b, p, d] floating-point embeddings in place of `tokens`, scaled already.
-            start_at_layer: skip the blocks before this one: `inputs_embeds` is the residual stream entering it. A
-                traced number skips them while the model runs, with one compilation for every layer.
+            start_at_layer: skip the blocks before this one: `inputs_embeds` is the residual stream entering it.
+                Negative counts from the end. A traced number skips them while the model runs, with one compilation for
+                every layer.
             stop_at_layer: run only the blocks before this one.
             logits_at: [], [n] or [b, n] positions at which to compute logits, and nowhere else; negative ones count
                 from each row's last real token. One that a row does not have gives NaN.
@@ -145,9 +153,16 @@ class Gemma3(nn.Module):
         kinds = sorted(set(c.layer_types))
         tables = {kind: rope_tables(c.rope(kind), positions, c.head_dim) for kind in kinds}
         masks = {kind: visible(c, kind, length, attention_mask) for kind in kinds}
-        for i, kind in enumerate(c.layer_types[:stop_at_layer]):
-            block = Block(c, self.watched, self.edited, name=f"blocks_{i}")
-            x = _from_layer(start_at_layer, i, block, x, tables[kind], masks[kind], None if past is None else past[i])
+        if isinstance(start_at_layer, int):
+            start_at_layer = slice(start_at_layer, None).indices(c.num_hidden_layers)[0]
+        block_of = functools.partial(Block, c)
+        stacked = 0
+        if self.scan_layers:
+            stacked = math.prod(repeats(c))
+            x = run_stacked(self, block_of, x, (tables, masks), start_at_layer, stop_at_layer, past)
+        for i, kind in list(enumerate(c.layer_types[:stop_at_layer]))[stacked:]:
+            block = block_of(self.watched, self.edited, name=f"blocks_{i}")
+            x = from_layer(start_at_layer, i, block, x, tables[kind], masks[kind], None if past is None else past[i])
         if stop_at_layer is not None:
             return x
         x = RMSNorm(c.hidden_size, c.rms_norm_eps, name="ln_final")(x)
@@ -166,21 +181,6 @@ def one_input(tokens: jax.Array | None, inputs_embeds: jax.Array | None) -> jax.
     if source is None or (tokens is not None and inputs_embeds is not None):
         raise ValueError("give tokens or inputs_embeds: exactly one of them")
     return source
-
-
-def _from_layer(
-    start: int | jax.Array | None,
-    layer: int,
-    block: Block,
-    x: jax.Array,
-    *context: Any,
-) -> jax.Array:
-    """The block's output, or `x` itself where the block lies before `start`."""
-    if start is None or (isinstance(start, int) and start <= layer):
-        return block(x, *context)
-    if isinstance(start, int):
-        return x
-    return nn.cond(layer >= start, lambda block, x: block(x, *context), lambda block, x: x, block, x)
 
 
 def _rows_at(x: jax.Array, chosen: jax.Array) -> jax.Array:

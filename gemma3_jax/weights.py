@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma3_jax.config import Gemma3Config
+from gemma3_jax.stacking import layer_params
 
 
 class Weights:
@@ -72,4 +73,4 @@ class Weights:
 
     def _stacked(self, part: str, name: str) -> jax.Array:
         layers = range(self.config.num_hidden_layers)
-        return jnp.stack([self.params[f"blocks_{i}"][part][name]["weight"] for i in layers])
+        return jnp.stack([layer_params(self.config, self.params, i, part, name, "weight") for i in layers])

@@ -20,6 +20,7 @@ from conversion.parity import huggingface
 from conversion.parity.report import Report, Row, compare_sites, kind_of
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.forward import forward
+from gemma3_jax.stacking import is_stacked, stack_layers, unstack_layers
 
 __all__ = ["Report", "Row", "compare", "compare_sites", "our_activations", "our_gradients", "parity"]
 
@@ -158,7 +159,8 @@ def our_gradients(
 ) -> dict[str, np.ndarray]:
     """Gradients of the port's mean next-token loss with respect to the chosen parameters, by adapter key."""
 
-    leaves = [_at(params, entry.path) for entry in chosen]
+    by_block = unstack_layers(config, params)
+    leaves = [_at(by_block, entry.path) for entry in chosen]
     mask = None if attention_mask is None else jnp.asarray(attention_mask)
     found = _gradients(config, chosen, leaves, params, jnp.asarray(tokens), mask)
     return {entry.ours: np.asarray(leaf, np.float32) for entry, leaf in zip(chosen, found, strict=True)}
@@ -172,8 +174,10 @@ def _every_site(config, params, tokens, attention_mask):
 @functools.partial(jax.jit, static_argnames=("config", "chosen"))
 @functools.partial(jax.grad, argnums=2)
 def _gradients(config, chosen, leaves, params, tokens, attention_mask):
+    by_block = unstack_layers(config, params)
     for entry, leaf in zip(chosen, leaves, strict=True):
-        params = _replaced(params, entry.path, leaf)
+        by_block = _replaced(by_block, entry.path, leaf)
+    params = stack_layers(config, by_block) if is_stacked(params) else by_block
     return forward(config, params, tokens, attention_mask=attention_mask, return_type="loss")[0]
 
 

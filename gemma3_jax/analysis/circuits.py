@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from gemma3_jax.analysis.factored import FactoredMatrix
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.layers import matmul, rope_tables, rotate
+from gemma3_jax.stacking import layer_params
 
 Mode = Literal["Q", "K", "V"]
 
@@ -44,7 +45,8 @@ def qk_circuit(config: Gemma3Config, params: Mapping[str, Any], distance: jax.Ar
     """
 
     def layer(i: int) -> tuple[jax.Array, jax.Array]:
-        attn, gain = params[f"blocks_{i}"]["attn"], _gain(params, i, "ln1")
+        block = layer_params(config, params, i)
+        attn, gain = block["attn"], block["ln1"]["weight"]
         # [d, 1] * [n, d, e] * [e]
         query = gain[:, None] * _weight(attn, "q") * attn["q_norm"]["weight"]
         key = gain[:, None] * _weight(attn, "k") * attn["k_norm"]["weight"]
@@ -74,11 +76,12 @@ def ov_circuit(config: Gemma3Config, params: Mapping[str, Any]) -> FactoredMatri
     """
 
     def layer(i: int) -> tuple[jax.Array, jax.Array]:
-        attn = params[f"blocks_{i}"]["attn"]
+        block = layer_params(config, params, i)
+        attn = block["attn"]
         # [d, 1] * [g, d, e]
-        value = _gain(params, i, "ln1")[:, None] * _weight(attn, "v")
+        value = block["ln1"]["weight"][:, None] * _weight(attn, "v")
         # [h, e, d] * [d]
-        return _for_each_query_head(value, config), _weight(attn, "o") * _gain(params, i, "ln1_post")
+        return _for_each_query_head(value, config), _weight(attn, "o") * block["ln1_post"]["weight"]
 
     return _stacked(layer, config)
 
@@ -144,10 +147,6 @@ def all_composition_scores(
     # [L, 1, L, 1]
     later = layers[:, None, None, None] < layers[:, None]
     return jnp.where(later, scores, 0.0)
-
-
-def _gain(params: Mapping[str, Any], layer: int, norm: str) -> jax.Array:
-    return params[f"blocks_{layer}"][norm]["weight"]
 
 
 def _weight(attn: Mapping[str, Any], name: str) -> jax.Array:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma3_jax.config import Gemma3Config
+from gemma3_jax.stacking import is_stacked, stack_layers, unstack_layers
 
 
 def fold_ln(config: Gemma3Config, params: Mapping[str, Any]) -> tuple[Gemma3Config, dict[str, Any]]:
@@ -25,7 +26,8 @@ def fold_ln(config: Gemma3Config, params: Mapping[str, Any]) -> tuple[Gemma3Conf
         params: parameter pytree, as `conversion.convert_checkpoint` returns it; not changed.
 
     Returns:
-        The folded model's (config, params). An unembedding that was tied to the embedding is a weight of its own now.
+        The folded model's (config, params), in the layout of `params`. An unembedding that was tied to the embedding
+        is a weight of its own now.
 
     Memory: a second copy of q, k, v, gate, in and the unembedding; all else is shared with `params`. A tied model
     grows by the size of its embedding (1b in float32: 1.2 GB).
@@ -41,10 +43,12 @@ def fold_ln(config: Gemma3Config, params: Mapping[str, Any]) -> tuple[Gemma3Conf
     # ln1_post and ln2_post stay: what they scale is added to the residual stream, so that no weight reads it, and a
     # gain moved into the weight before them would change the root mean square they divide by. So do q_norm and
     # k_norm: behind them come the rotation, which mixes the features that they scale, and a product of two activations.
+    stacked = is_stacked(params)
+    params = unstack_layers(config, params)
     blocks = {f"blocks_{i}": _fold_block(params[f"blocks_{i}"]) for i in range(config.num_hidden_layers)}
     folded = {**params, **blocks, "ln_final": _one(params["ln_final"])}
     folded["unembed"] = {"weight": _scaled(_unembedding(config, params), params["ln_final"]["weight"][:, None])}
-    return _untied(config), folded
+    return _untied(config), stack_layers(_untied(config), folded) if stacked else folded
 
 
 def center_unembed(config: Gemma3Config, params: Mapping[str, Any]) -> tuple[Gemma3Config, dict[str, Any]]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from gemma3_jax.cache import ActivationCache
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.layers import RMSNorm, matmul
+from gemma3_jax.stacking import layer_params
 
 Kind = Literal["embed", "head", "mlp", "q", "k", "v", "logits"]
 
@@ -99,7 +100,7 @@ def written_differences(
     """
     parts = [_difference(clean, corrupted, "embed.hook_out")[None]]
     for i in range(config.num_hidden_layers):
-        block = params[f"blocks_{i}"]
+        block = layer_params(config, params, i)
         parts.append(
             _heads_written(
                 block["attn"]["o"]["weight"],

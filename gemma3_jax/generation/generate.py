@@ -21,6 +21,7 @@ from gemma3_jax.generation.sampling import row_keys, sampling
 from gemma3_jax.hooks import Placed, as_pytree
 from gemma3_jax.restrictions import check_growing
 from gemma3_jax.sites import shape_of, site
+from gemma3_jax.stacking import unstack_layers
 
 Params = Mapping[str, Any]
 
@@ -75,7 +76,10 @@ def generate(
     new token, and the `phase`, "prompt" or "generation"; `edits.only` restricts it to either. Steering a text while
     it is written is the same as steering it in one `forward` over the whole text.
 
-    Memory: the KV cache, see `cache_bytes`; p + n positions of every captured site; with `return_logits` 4 b n V bytes.
+    A token's step under a scan would copy the weights of every layer, so that stacked parameters are unstacked first.
+
+    Memory: the KV cache, see `cache_bytes`; a second copy of stacked parameters; p + n positions of every captured
+    site; with `return_logits` 4 b n V bytes.
 
     Args:
         config: shape of the model.
@@ -132,8 +136,9 @@ def generate(
 
 @flax.struct.dataclass
 class Bounds:
-    """What a generation was asked for, on the host: the padding that bucketing added, and its size in words."""
+    """What a generation was asked for: parameters as given, the padding that bucketing added, its size in words."""
 
+    params: Params
     extra: int
     prompt: int
     start: np.ndarray
@@ -181,7 +186,7 @@ def begin(
     for edit in (each.edit for several in placed.values() for each in several if isinstance(each, Placed)):
         check_growing(edit)
     task = Task(
-        params,
+        unstack_layers(config, params),
         placed,
         sampling(b, **how),
         row_keys(seed, b),
@@ -194,7 +199,7 @@ def begin(
     room = _bucket(max_new_tokens)
     dtype = params["embed"]["weight"].dtype
     cache = cache_bytes(config, b, p + extra + room, dtype)["total"]
-    bounds = Bounds(extra, p, start, _size(config, b, p + extra, room, cache, names, return_logits))
+    bounds = Bounds(params, extra, p, start, _size(config, b, p + extra, room, cache, names, return_logits))
     padded = jnp.asarray(np.pad(rows, ((0, 0), (extra, 0)), constant_values=config.pad_token_id or 0), jnp.int32)
     begun = bounds.in_memory(
         read, task, padded, jnp.asarray(start + extra, jnp.int32), new=room, keep_logits=return_logits
@@ -222,7 +227,7 @@ def finish(task: Task, text: Decoding, bounds: Bounds, ends: np.ndarray | None =
         jnp.asarray(real, jnp.int32),
         jnp.where(real[:, prompt:], text.log_probs[:, : p_n - prompt], 0.0),
         None if text.logits is None else text.logits[:, : p_n - prompt],
-        ActivationCache(task.config, captured, task.params),
+        ActivationCache(task.config, captured, bounds.params),
     )
 
 
