@@ -31,7 +31,8 @@ from gemma3_jax import (
     stack_layers,
     unstack_layers,
 )
-from gemma3_jax.analysis import all_composition_scores, fold_ln
+from gemma3_jax.analysis import fold_ln, ov_circuit
+from gemma3_jax.decomposition import HEADS
 from gemma3_jax.scan import _ON_DEMAND
 from gemma3_jax.sites import SITES
 from gemma3_jax.stacking import repeats
@@ -81,13 +82,11 @@ class Nudge:
         return value + self.strength * (nudge(value, hook) - value)
 
 
-@pytest.mark.parametrize("mask", [None, LEFT_PADDED], ids=["whole", "padded"])
-def test_every_site_is_that_of_the_unrolled_model(mask):
-    """All at once, padded too; with two periods of the stack exchanged they are not."""
+def test_every_site_is_that_of_the_unrolled_model():
+    """All at once, one row padded; with two periods of the stack exchanged they are not."""
     _, params, stacked = both()
-    run = compiled("**", attention_mask=mask)
-    logits, cache = plain() if mask is None else run(params, {})
-    scanned, found = run(stacked, {})
+    run = compiled("**", attention_mask=LEFT_PADDED)
+    (logits, cache), (scanned, found) = run(params, {}), run(stacked, {})
     assert list(found) == list(cache) == list(site_names(both()[0]))
     assert worst([scanned, *found.values()], [logits, *cache.values()]) < BOUND
     wrong = {**stacked, "periods": jax.tree.map(lambda w: w[jnp.array([1, 0, 2])], stacked["periods"])}
@@ -116,7 +115,7 @@ def test_an_edit_at_every_kind_of_site_does_what_it_does_unrolled(kinds, layer):
 
 def test_an_edit_knows_its_layer_and_acts_nowhere_else():
     """Hook.name and Hook.layer are static and the layer's own; the streams before it are untouched."""
-    config, params, stacked = both()
+    config, _, stacked = both()
     told = []
 
     def by_layer(value, hook):
@@ -127,7 +126,6 @@ def test_an_edit_knows_its_layer_and_acts_nowhere_else():
     run = compiled("blocks.*.hook_out")
     logits, cache = run(stacked, wanted)
     assert set(told) == {("blocks.1.hook_out", 1), ("blocks.5.hook_out", 5)}
-    assert difference(logits, run(params, wanted)[0]) < BOUND
     assert difference(cache["blocks.0.hook_out"], plain()[1]["blocks.0.hook_out"]) < BOUND
     assert difference(cache["blocks.1.hook_out"], 2 * plain()[1]["blocks.1.hook_out"]) < BOUND
     assert difference(logits, plain()[0]) > 1e-2
@@ -171,11 +169,11 @@ def test_a_capture_of_some_layers_keeps_those_only():
         return [value.aval.shape for value in scan.outvars]
 
     assert (2, 2, 9, 80) in carried("blocks.1.mlp.hook_post")
-    assert (3, 2, 9, 80) in carried("blocks.[135].mlp.hook_post".replace("[135]", "*"))
+    assert (3, 2, 9, 80) in carried("blocks.*.mlp.hook_post")
     assert (3, 2, 9, 80) not in carried("blocks.1.mlp.hook_post")
 
 
-@pytest.mark.parametrize("stop", range(-7, 8))
+@pytest.mark.parametrize("stop", [-4, *range(8)])
 def test_stop_at_layer_runs_no_layer_behind_it(stop):
     """The stream entering each layer, with every later weight NaN."""
     config, params, _ = both()
@@ -198,11 +196,8 @@ def test_start_at_layer_static_and_traced():
     def run(stream, layer, params=stacked):
         return forward(config, params, inputs_embeds=stream, start_at_layer=layer)[0]
 
-    for layer in (0, MIDDLE, -4, 6):
-        assert difference(jax.jit(functools.partial(run, layer=layer))(streams[layer]), logits) < BOUND
-        assert (
-            difference(jax.jit(functools.partial(run, layer=layer, params=both()[1]))(streams[layer]), logits) < BOUND
-        )
+    for layer, params in ((MIDDLE, stacked), (-4, stacked), (-4, both()[1])):
+        assert difference(jax.jit(functools.partial(run, layer=layer, params=params))(streams[layer]), logits) < BOUND
     traced = jax.jit(run)
     for layer in range(7):
         assert difference(traced(streams[layer], layer), logits) < BOUND
@@ -212,9 +207,9 @@ def test_start_at_layer_static_and_traced():
     assert worst(list(mapped), [logits] * 7) < BOUND
 
 
-def test_gradients_at_sites_and_of_parameters():
-    """Of the loss, with an edit in a scanned layer; gradients of two orders of rounding have twice the bound."""
-    config, params, stacked = both()
+def test_gradients_at_sites_and_of_an_edit():
+    """With an edit in a scanned layer; those of parameters are in the parity test. Gradients of two orders of rounding have twice the bound."""
+    config, params, stacked = both(tuple(TYPES[:4]))
     sites = ("blocks.*.hook_resid_post", "blocks.1.attn.hook_z", "blocks.3.attn.hook_pattern", "ln_final.hook_in")
 
     @jax.jit
@@ -225,14 +220,12 @@ def test_gradients_at_sites_and_of_parameters():
     assert worst(run(stacked, 1.0), run(params, 1.0)) < 2 * BOUND
     assert worst(run(stacked, 0.0)[2], run(params, 1.0)[2]) > 1e-3
 
-    def loss(params, strength):
+    def loss(strength, params):
         wanted = {"blocks.*.hook_out": Nudge(strength)}
         return forward(config, params, TOKENS, edits=wanted, return_type="loss")[0]
 
-    of_both = jax.jit(jax.grad(loss, argnums=(0, 1)))
-    (ours, strength), (theirs, also) = of_both(stacked, 1.0), of_both(params, 1.0)
-    assert worst(unstack_layers(config, ours), theirs) < 2 * BOUND
-    assert difference(strength, also) < 2 * BOUND
+    slope = jax.jit(jax.grad(loss))
+    assert difference(slope(1.0, stacked), slope(1.0, params)) < 2 * BOUND
 
 
 def test_vmap_over_edits_and_rows():
@@ -264,7 +257,7 @@ def test_plain_linen_has_the_same():
     def keep(next_fun, args, kwargs, context):
         out = next_fun(*args, **kwargs)
         if context.method_name == "__call__" and context.module.name == "mlp":
-            context.module.sow("mine", "out", out)
+            context.module.sow("mine", "kept", out)
         return out
 
     @jax.jit
@@ -275,7 +268,7 @@ def test_plain_linen_has_the_same():
     logits, variables = run(stacked)
     assert difference(logits, plain()[0]) < BOUND
     assert difference(jax.jit(model.apply)({"params": stacked}, TOKENS), plain()[0]) < BOUND
-    (out,) = variables["mine"]["periods_0"]["place_1"]["mlp"]["out"]
+    (out,) = variables["mine"]["periods_0"]["place_1"]["mlp"]["kept"]
     assert difference(out[1], plain()[1]["blocks.3.mlp.hook_out"]) < BOUND
     with pytest.raises(ValueError, match="stack_layers"):
         model.apply({"params": params}, TOKENS)
@@ -344,7 +337,7 @@ def test_parameters_that_do_not_fit_are_refused():
     local = dataclasses.replace(config, layer_types=(LOCAL,) * 7)
     for wrong, message in (
         (shallow, "have 'blocks_6'|lack 'blocks_4'"),
-        (single, "no layer types"),
+        (single, "do not repeat: sliding"),
         (local, "blocks_6"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -387,11 +380,11 @@ def test_hooked_model_weights_and_analyses():
     text = "ba ke lo mu ti so re ba ke"
     for name in ("W_Q", "W_K", "W_V", "W_O", "W_gate", "W_in", "W_out", "W_E", "W_U"):
         assert (getattr(scanned, name) == getattr(unrolled, name)).all()
-    (logits, cache), (found, kept) = unrolled.run_with_cache(text), scanned.run_with_cache(text)
+    (logits, cache), (found, kept) = (model.run_with_cache(text, HEADS) for model in tiny())
     assert difference(found, logits) < BOUND
     assert difference(kept.stack_head_results(), cache.stack_head_results()) < BOUND
-    scores = [all_composition_scores(model.config, model.params, "K") for model in tiny()]
-    assert difference(*scores) < BOUND
+    circuits = [ov_circuit(model.config, model.params).A for model in tiny()]
+    assert difference(*circuits) < BOUND
     folded = HookedGemma3(*fold_ln(scanned.config, scanned.params), scanned.tokenizer)
     assert "periods" in folded.params
     assert difference(folded(text), logits) < 1e-4
@@ -422,7 +415,7 @@ def test_what_a_cache_sees_is_right_unscanned_or_not():
     """`past` with stacked parameters, as a caller of forward may have it: the next token's logits are the text's."""
     from gemma3_jax.generation import kv_cache
 
-    config, params, stacked = both()
+    config, _, stacked = both()
     names = [f"blocks.{i}.attn.{name}" for i in range(7) for name in ("hook_rot_k", "v.hook_out")]
 
     @jax.jit
@@ -433,5 +426,4 @@ def test_what_a_cache_sees_is_right_unscanned_or_not():
         past = kv_cache.past(config, cache, 1)
         return forward(config, params, TOKENS[:, 8:], positions=kv_cache.positions(cache, 1), past=past)[0]
 
-    assert difference(run(stacked), run(params)) < BOUND
     assert difference(run(stacked)[:, 0], plain()[0][:, -1]) < BOUND
