@@ -121,6 +121,8 @@ def layer_params(config: Gemma3Config, params: Mapping[str, Any], layer: int, *p
 def check_layout(config: Gemma3Config, params: Mapping[str, Any]) -> None:
     """Refuse parameters whose blocks, in the layout that they have, are not those of the config."""
     length, n = repeats(config) if is_stacked(params) else (0, 0)
+    if is_stacked(params) and not n:
+        raise ValueError(f"params are stacked; the config's layer types do not repeat: {', '.join(config.layer_types)}")
     layers = range(n * length, config.num_hidden_layers)
     wanted = {f"blocks_{layer}" for layer in layers}
     found = {key for key in params if key.startswith("blocks_")}
@@ -131,10 +133,6 @@ def check_layout(config: Gemma3Config, params: Mapping[str, Any]) -> None:
         raise ValueError(f"params {does} {wrong!r}; the config calls for {layout}, see `gemma3_jax.stack_layers`")
     if not is_stacked(params):
         return
-    if not n:
-        raise ValueError(
-            f"params are stacked, and no layer types of this config repeat: {', '.join(config.layer_types)}"
-        )
     places = {f"place_{i}" for i in range(length)}
     if set(params[PERIODS]) != places:
         raise ValueError(f"params['periods'] has {len(params[PERIODS])} places; a period of this config has {length}")
