@@ -51,7 +51,7 @@ class Body(Repeated):
         x: jax.Array,
         step: jax.Array | int,
         start: jax.Array | None,
-        context: tuple[Mapping[str, Any], ...],
+        context: tuple[Mapping[Any, Any], ...],
         past: Sequence[Past] | None = None,
     ) -> jax.Array:
         """[b, p, d] -> [b, p, d]; `context` has for each layer type what its blocks take beside x."""
@@ -83,7 +83,7 @@ def run_stacked(
     model: Any,
     make_block: MakeBlock,
     x: jax.Array,
-    context: tuple[Mapping[str, Any], ...],
+    context: tuple[Mapping[Any, Any], ...],
     start: int | jax.Array | None,
     stop: int | None,
     past: Sequence[Past] | None,

@@ -42,7 +42,8 @@ def edited_at(step: jax.Array, names: Names, edited: Callable[[str, Any], Any], 
     there = [name for name in names if name is not None]
     if not there:
         return value
-    branches = [*(functools.partial(edited, name) for name in there), lambda value: value]
+    branches: list[Callable[..., Any]] = [functools.partial(edited, name) for name in there]
+    branches.append(lambda value: value)
     return jax.lax.switch(_place(step, there, names), branches, value)
 
 
@@ -64,14 +65,14 @@ def no_rows(names: Names, kept: Callable[[str, Any], Any], value: Any) -> Rows:
 def written_at(
     step: jax.Array, names: Names, kept: Callable[[str, Any], Any], whole: Callable[[str], bool], rows: Rows, value: Any
 ) -> Rows:
-    """The rows with `kept(name, value)` at the name that the step has; where a name keeps the `whole`, that is `value`."""
+    """The rows with `kept(name, value)` at the name that the step has; a name that keeps the `whole` has `value`."""
 
     def written(group: Any, there: tuple[str, ...]) -> Any:
         at = _place(step, there, names)
         new = value
         if not all(map(whole, there)):
-            nothing = functools.partial(jax.tree.map, lambda row: jnp.zeros(row.shape[1:], row.dtype), group)
-            branches = [*(functools.partial(kept, name) for name in there), lambda _: nothing()]
+            branches: list[Callable[..., Any]] = [functools.partial(kept, name) for name in there]
+            branches.append(lambda _: jax.tree.map(lambda row: jnp.zeros(row.shape[1:], row.dtype), group))
             new = jax.lax.switch(at, branches, value)
         return jax.tree.map(lambda row, new: jax.lax.dynamic_update_index_in_dim(row, new, at, axis=0), group, new)
 

@@ -27,6 +27,7 @@ from gemma3_jax import (
     edits,
     forward,
     grad_at,
+    reductions,
     site_names,
     stack_layers,
     unstack_layers,
@@ -208,7 +209,10 @@ def test_start_at_layer_static_and_traced():
 
 
 def test_gradients_at_sites_and_of_an_edit():
-    """With an edit in a scanned layer; those of parameters are in the parity test. Gradients of two orders of rounding have twice the bound."""
+    """With an edit in a scanned layer; those of parameters are in the parity test.
+
+    Gradients of two orders of rounding have twice the bound.
+    """
     config, params, stacked = both(tuple(TYPES[:4]))
     sites = ("blocks.*.hook_resid_post", "blocks.1.attn.hook_z", "blocks.3.attn.hook_pattern", "ln_final.hook_in")
 
@@ -427,3 +431,21 @@ def test_what_a_cache_sees_is_right_unscanned_or_not():
         return forward(config, params, TOKENS[:, 8:], positions=kv_cache.positions(cache, 1), past=past)[0]
 
     assert difference(run(stacked)[:, 0], plain()[0][:, -1]) < BOUND
+
+
+def test_captures_are_reduced_in_the_scan():
+    """A function for each layer, of results of several shapes, keeps in a scan what it keeps of unrolled layers."""
+    config, params, stacked = both()
+    direction = np.random.default_rng(3).standard_normal((config.hidden_size, 2)).astype(np.float32)
+    wanted = {
+        "blocks.0.hook_out": reductions.At(-1),
+        "blocks.2.hook_out": [reductions.Project(direction), reductions.At([0, -1])],
+        "blocks.4.hook_out": reductions.TopK(3),
+        "blocks.6.hook_out": None,
+        "blocks.*.mlp.hook_out": reductions.Project(direction),
+    }
+    run = jax.jit(lambda params, wanted: dict(forward(config, params, TOKENS, wanted)[1]))
+    unrolled, scanned = run(params, wanted), run(stacked, wanted)
+    assert worst(scanned, unrolled) < BOUND
+    # Negative control: one layer's is not another's.
+    assert difference(scanned["blocks.0.mlp.hook_out"], unrolled["blocks.2.mlp.hook_out"]) > 1e-2
