@@ -1,131 +1,92 @@
 """What keeping activations adds to a forward pass: whole residuals, every site, and residuals reduced on the device.
 
-    python -m benchmarks.capture --json benchmarks/results/capture-cpu.json --markdown docs/benchmarks-capture.md
-
-Captures leave the compiled function and stay on the device: the transfer to the host is not measured. Random weights.
+Captures leave the compiled function and stay on the device: the transfer to the host is not measured.
 """
 
 import functools
-import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import typer
-from rich.console import Console
+import torch
 
-from benchmarks.timing import interleaved, machine
-from gemma3_jax import Gemma3, Gemma3Config, HookedGemma3
+from benchmarks import peers
+from benchmarks.rows import Figure, Row, Settings, added
+from benchmarks.timing import interleaved
+from gemma3_jax import Gemma3Config, HookedGemma3
 from gemma3_jax.reductions import At, Cast, Project, TopK
 
 RESIDUALS = "blocks.*.hook_resid_post"
-PLAIN = "plain"
-# What is kept, and the percentage that it may add to a plain forward pass.
+# What is kept, and what it may add to a plain forward pass.
 GOALS = {
-    "residuals": 3,
-    "every site": 25,
-    "residuals at 8 positions": 5,
-    "residuals projected to 64": 5,
-    "residuals cast to bfloat16": 5,
-    "residuals' top 32": 5,
+    "residuals": 0.03,
+    "every site": 0.25,
+    "residuals at 8 positions": 0.05,
+    "residuals projected to 64": 0.05,
+    "residuals cast to bfloat16": 0.05,
+    "residuals' top 32": 0.05,
 }
-console = Console(stderr=True)
-
-
-def random_model(config: Gemma3Config, dtype: str = "float32") -> HookedGemma3:
-    """A model without a checkpoint: normal weights of deviation 0.02, and norms that are 1."""
-    rng = np.random.default_rng(0)
-
-    def values(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        norm = leaf.ndim == 1
-        drawn = 1.0 if norm else 0.02 * rng.standard_normal(leaf.shape, np.float32)
-        return jnp.broadcast_to(jnp.asarray(drawn, "float32" if norm else dtype), leaf.shape)
-
-    shapes = jax.eval_shape(Gemma3(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-    return HookedGemma3(config, jax.tree.map(values, shapes["params"]))
 
 
 def capture_sets(config: Gemma3Config) -> dict[str, Any]:
-    """What each peer keeps, as `run_with_cache` takes it."""
+    """What is kept, as `run_with_cache` takes it."""
     matrix = np.random.default_rng(1).standard_normal((config.hidden_size, 64), np.float32)
     reductions = [At(np.arange(-8, 0)), Project(jnp.asarray(matrix)), Cast("bfloat16"), TopK(32)]
     reduced = [{RESIDUALS: reduction} for reduction in reductions]
     return dict(zip(GOALS, [RESIDUALS, "**", *reduced], strict=True))
 
 
-def measure(
-    model: HookedGemma3, shape: tuple[int, int], rounds: int, wanted: Mapping[str, Any] | None = None
-) -> dict[str, float]:
-    """Median seconds of a forward pass with all logits, by what is kept; "plain" keeps nothing.
+def rows(settings: Settings) -> Iterator[Row]:
+    """A row for each shape, in float32, of the port; and one of what hooks add to the peers."""
+    for shape in ((1, 16),) if settings.quick else ((1, 128), (4, 512)):
+        hf, params, torch_ids, ids = peers.pair(settings.config, "float32", shape)
+        yield _port(settings, HookedGemma3(settings.config, params), shape, ids)
+        if shape[0] == 1:
+            yield _peers(settings, HookedGemma3(settings.config, params), hf, torch_ids, ids)
+        jax.clear_caches()
 
-    Args:
-        model: what runs.
-        shape: (b, p) of random tokens.
-        rounds: interleaved rounds.
-        wanted: of `capture_sets`, those to measure; by default all.
-    """
-    ids = np.random.default_rng(0).integers(3, model.config.vocab_size, shape)
 
+def _port(settings: Settings, model: HookedGemma3, shape: tuple[int, int], ids: np.ndarray) -> Row:
     def keep(names_filter: Any) -> None:
         # Nothing is returned, so that results are dropped at once: those of every site take gigabytes.
         jax.block_until_ready(model.run_with_cache(ids, names_filter))
 
-    sets = capture_sets(model.config) if wanted is None else wanted
-    peers = {PLAIN: (), **sets}
-    return interleaved({name: functools.partial(keep, each) for name, each in peers.items()}, rounds)
+    sets = {"port": (), **capture_sets(settings.config)}
+    seconds = interleaved({name: functools.partial(keep, each) for name, each in sets.items()}, settings.rounds)
+    figures = tuple(added(name, seconds[name], seconds["port"], goal) for name, goal in GOALS.items())
+    kept = {"port" if name == "port" else f"port, {name}": value for name, value in seconds.items()}
+    return Row(f"{shape[0]} x {shape[1]}", "float32", kept, figures)
 
 
-def as_markdown(report: dict[str, Any]) -> str:
-    """The table of the documentation."""
-    where = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
-    shapes = [f"{b} x {p}" for b, p in (row["shape"] for row in report["results"])]
-    plain = [f"{row['seconds'][PLAIN]:.3f} s" for row in report["results"]]
-    lines = [
-        "# What capture costs",
-        "",
-        f"Generated by `{report['command']}`. Model shape: {report['size']}, {report['dtype']}, random weights.",
-        f"Machine: {where}.",
-        "",
-        "What keeping activations adds to a forward pass with logits at every position, of batch x tokens. They leave "
-        "the compiled function and stay on the device. Medians of interleaved rounds.",
-        "",
-        f"| kept | goal | {' | '.join(shapes)} |",
-        f"| --- | --- |{' --- |' * len(shapes)}",
-        f"| nothing | | {' | '.join(plain)} |",
-    ]
-    for name, goal in GOALS.items():
-        added = [row["seconds"][name] / row["seconds"][PLAIN] - 1 for row in report["results"]]
-        lines.append(f"| {name} | {goal} % | {' | '.join(f'{100 * more:+.1f} %' for more in added)} |")
-    return "\n".join(lines) + ("\n\n" + report["note"] if report["note"] else "") + "\n"
+def _peers(settings: Settings, model: HookedGemma3, hf: Any, torch_ids: Any, ids: np.ndarray) -> Row:
+    def hooked() -> Any:
+        with peers.kept_outputs(hf, layers_only=True):
+            return peers.run_torch(hf, torch_ids)
+
+    runs = {
+        "port": lambda: model.run_with_cache(ids, RESIDUALS)[0],
+        "HF hooks": hooked,
+        "HF, plain": lambda: peers.run_torch(hf, torch_ids),
+    }
+    if peers.installed("nnsight"):
+        runs["nnsight"] = peers.nnsight_residuals(hf, torch_ids)
+    if peers.installed("transformer_lens"):
+        runs["TransformerLens"] = _transformer_lens(hf, torch_ids)
+    seconds = interleaved(runs, settings.rounds)
+    hooks = [name for name in seconds if not name.startswith("port") and name != "HF, plain"]
+    figures = [added("hooks add to HF", seconds["HF hooks"], seconds["HF, plain"])]
+    figures += [Figure(f"{name} / port", seconds[name] / seconds["port"]) for name in hooks]
+    return Row(f"residuals beside peers, {ids.shape[0]} x {ids.shape[1]}", "float32", seconds, tuple(figures))
 
 
-def main(
-    size: str = "270m",
-    dtype: str = "float32",
-    shapes: str = "1x128,4x512",
-    rounds: Annotated[str, typer.Option(help="Interleaved rounds, for each of the shapes.")] = "15,3",
-    json_file: Annotated[Path | None, typer.Option("--json")] = None,
-    markdown: Path | None = None,
-    note: Annotated[str, typer.Option(help="What a reader of the table should know of the run.")] = "",
-) -> None:
-    model = random_model(Gemma3Config.preset(size), dtype)
-    results = []
-    for shape, turns in zip(shapes.split(","), rounds.split(","), strict=True):
-        console.print(f"{shape} ...")
-        b, p = map(int, shape.split("x"))
-        results.append({"shape": (b, p), "seconds": measure(model, (b, p), int(turns))})
-        jax.clear_caches()
-    command = f"python -m benchmarks.capture --size {size} --dtype {dtype} --shapes {shapes} --rounds {rounds}"
-    report = {"command": command, "size": size, "dtype": dtype, "machine": machine(), "note": note, "results": results}
-    if json_file:
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
-    if markdown:
-        markdown.write_text(as_markdown(report))
-    print(as_markdown(report))
+def _transformer_lens(hf: Any, torch_ids: Any) -> Callable[[], Any]:
+    bridge = peers.bridge(hf)
 
+    def run() -> Any:
+        with torch.inference_mode():
+            logits, _ = bridge.run_with_cache(torch_ids, names_filter=lambda name: name.endswith("hook_resid_post"))
+        return np.float32(logits[0, -1, 0].item())
 
-if __name__ == "__main__":
-    typer.run(main)
+    return run

@@ -13,26 +13,32 @@ import numpy as np
 import torch
 import transformers
 
-from benchmarks.forward import RESIDUALS, hf_model
+from benchmarks import peers
+from benchmarks.rows import Figure, Row, Settings, added
 from benchmarks.timing import interleaved
-from conversion import convert_state_dict
 from gemma3_jax import Gemma3Config, edits
 from gemma3_jax.generation.generate import generate
 from gemma3_jax.generation.kv_cache import cache_bytes
 
-READ = 2**29  # bytes of the matrix whose product with a vector measures the memory's bandwidth
+RESIDUALS = "blocks.*.hook_resid_post"
+READ = 2**29  # bytes of the matrix whose product with a vector measures the memory's bandwidth in the same turns
 
 
-def measure(config: Gemma3Config, dtype: str, b: int, p: int, n: int, rounds: int, compiled: bool) -> dict[str, Any]:
-    """Seconds by peer of writing n tokens behind a prompt of p, the same for all; and what bounds them.
+def rows(settings: Settings) -> Iterator[Row]:
+    """A row for each dtype and batch."""
+    n, p = (5, 8) if settings.quick else (33, 16)
+    for dtype in settings.dtypes:
+        for b in (1, 8):
+            yield measure(settings.config, dtype, b, p, n, settings.rounds, compiled=not settings.quick)
+            jax.clear_caches()
 
-    Every peer's call is the one that its users write, prompt included. `compiled` adds Hugging Face with a static cache
-    and a compiled forward pass. "memory" is one read of `READ` bytes, in the same turns.
+
+def measure(config: Gemma3Config, dtype: str, b: int, p: int, n: int, rounds: int, compiled: bool) -> Row:
+    """Writing n tokens behind a prompt of p, the same for all, by the calls that users write, prompt included.
+
+    `compiled` adds Hugging Face with a static cache and a compiled forward pass.
     """
-    hf = hf_model(config, dtype, "sdpa")
-    params = convert_state_dict(hf.state_dict(), config)
-    ids = np.random.default_rng(0).integers(3, config.vocab_size, (b, p))
-    torch_ids = torch.from_numpy(ids).to(hf.device)
+    hf, params, torch_ids, ids = peers.pair(config, dtype, (b, p))
     layer = config.num_hidden_layers // 2
     vector = np.random.default_rng(1).standard_normal(config.hidden_size).astype(np.float32)
     steer = {f"blocks.{layer}.hook_resid_post": edits.Add(jnp.asarray(vector))}
@@ -40,10 +46,7 @@ def measure(config: Gemma3Config, dtype: str, b: int, p: int, n: int, rounds: in
     def port(**options: Any) -> Callable[[], Any]:
         return lambda: generate(config, params, ids, n, stop_at_eos=False, **options).tokens
 
-    def peer(**options: Any) -> Callable[[], Any]:
-        return lambda: written(hf, torch_ids, n, **options)
-
-    def under(hooks: Callable[[], Any]) -> Callable[[], Any]:
+    def hooked(hooks: Any) -> Callable[[], Any]:
         def run() -> Any:
             with hooks():
                 return written(hf, torch_ids, n)
@@ -52,22 +55,31 @@ def measure(config: Gemma3Config, dtype: str, b: int, p: int, n: int, rounds: in
 
     matrix, ones = jnp.ones((2**14, READ // 2**16)), jnp.ones(READ // 2**16)
     product = jax.jit(jnp.matmul)
-    peers = {
+    runs = {
         "memory": lambda: product(matrix, ones),
         "port": port(),
         "port, steered": port(edits=steer),
         "port, residuals kept": port(capture=RESIDUALS),
-        "HF": peer(),
-        "HF, steered": under(lambda: steered(hf, layer, vector)),
-        "HF, residuals kept": under(lambda: residuals_kept(hf, config.num_hidden_layers)),
+        "HF": lambda: written(hf, torch_ids, n),
+        "HF, steered": hooked(lambda: peers.steered(hf, layer, vector)),
+        "HF, residuals kept": hooked(lambda: residuals_kept(hf, config.num_hidden_layers)),
     }
     if compiled:
-        peers["HF static, compiled"] = peer(**static_and_compiled())
-    seconds = interleaved(peers, rounds)
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        runs["HF static, compiled"] = lambda: written(hf, torch_ids, n, **static_and_compiled())
+    seconds = interleaved(runs, rounds)
+    bandwidth = READ / seconds.pop("memory")
     # Each token reads every weight once, and the keys and values that its layers hold (at most these).
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     work = n * (weights + cache_bytes(config, b, p + n, dtype)["total"])
-    return {"dtype": dtype, "batch": b, "prompt": p, "new": n, "seconds": seconds, "bytes": work, "read": READ}
+    best = min(seconds[name] for name in seconds if name in ("HF", "HF static, compiled"))
+    figures = (
+        Figure("tokens per second", b * n / seconds["port"]),
+        Figure("best peer / port", best / seconds["port"], 1.5 if b == 1 else None),
+        Figure("share of the bandwidth", work / seconds["port"] / bandwidth, 0.7, percent=True),
+        added("a steering edit adds", seconds["port, steered"], seconds["port"], 0.03),
+        added("keeping residuals adds", seconds["port, residuals kept"], seconds["port"]),
+    )
+    return Row(f"batch {b}, {p} tokens and {n} new", dtype, seconds, figures, bytes=work)
 
 
 def written(model: Any, ids: torch.Tensor, n: int, **options: Any) -> np.ndarray:
@@ -84,21 +96,6 @@ def static_and_compiled() -> dict[str, Any]:
     compile_config = transformers.CompileConfig(fullgraph=False, mode="default")
     compile_config._compile_all_devices = True  # transformers' own switch: it compiles on a GPU only by default
     return {"cache_implementation": "static", "compile_config": compile_config}
-
-
-@contextlib.contextmanager
-def steered(model: Any, layer: int, vector: np.ndarray) -> Iterator[None]:
-    """A forward hook that adds a vector to what a layer returns."""
-    step = torch.from_numpy(vector).to(model.device, model.dtype)
-
-    def add(module: Any, args: Any, output: Any) -> Any:
-        return (output[0] + step, *output[1:]) if isinstance(output, tuple) else output + step
-
-    handle = model.model.layers[layer].register_forward_hook(add)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,54 @@
+"""Attention of one layer by length: local layers cost O(tokens x window), and no kernel O(tokens^2) memory.
+
+One row of random q, k and v at the 270m and 1b shapes: 4 query heads, 1 key/value head, head_dim 256, window 512.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.rows import Figure, Row, Settings
+from benchmarks.timing import interleaved
+from gemma3_jax import Gemma3Config
+from gemma3_jax.attention import visible
+from gemma3_jax.config import LayerType
+from gemma3_jax.kernels import Mask, attend, dense
+
+KINDS: tuple[LayerType, ...] = ("sliding_attention", "full_attention")
+
+
+def rows(settings: Settings) -> Iterator[Row]:
+    """A row for each kind of layer and length, in float32, with all scores at once where these are not too many."""
+    config = Gemma3Config.preset("270m")
+    for kind in KINDS:
+        before: tuple[int, float] | None = None
+        for tokens in (64, 128) if settings.quick else (1024, 2048, 4096, 8192):
+            row = _row(config, kind, tokens, settings.rounds)
+            if before is not None and kind == "sliding_attention":
+                growth = row.seconds["port"] / before[1] / (tokens / before[0])
+                row = Row(row.case, row.dtype, row.seconds, (*row.figures, Figure("growth / linear growth", growth)))
+            before = tokens, row.seconds["port"]
+            yield row
+
+
+def _row(config: Gemma3Config, kind: LayerType, tokens: int, rounds: int) -> Row:
+    scale = config.query_pre_attn_scalar**-0.5
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    keys = jax.random.split(jax.random.key(0), 3)
+    qkv = [jax.random.normal(key, (1, tokens, n, config.head_dim)) for key, n in zip(keys, heads, strict=True)]
+    mask = visible(config, kind, tokens, None)
+
+    def all_at_once(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: Mask) -> jax.Array:
+        columns = jnp.arange(q.shape[1])
+        return dense(q, k, v, scale, mask.seen(columns, columns))
+
+    kernels = {"port": attend} | ({"all scores at once": all_at_once} if tokens <= 4096 else {})
+    programs = {
+        name: jax.jit(lambda *qkv, kernel=kernel: kernel(*qkv, scale, mask)).lower(*qkv).compile()
+        for name, kernel in kernels.items()
+    }
+    seconds = interleaved({name: functools.partial(run, *qkv) for name, run in programs.items()}, rounds)
+    megabytes = programs["port"].memory_analysis().temp_size_in_bytes / 1e6
+    return Row(f"{kind}, {tokens} tokens", "float32", seconds, (Figure("MB between", megabytes),))
