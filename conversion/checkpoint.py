@@ -1,11 +1,13 @@
 """Hugging Face checkpoints to parameter pytrees and back, one tensor at a time, without torch."""
 
 import collections
-import functools
+import itertools
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import flax.traverse_util
@@ -20,13 +22,15 @@ from tqdm.auto import tqdm
 from conversion import files
 from conversion.files import CheckpointError
 from conversion.gemma3 import Entry, entries, find_head, find_prefix, is_vision
-from conversion.steps import AddOne, Keep, Step
+from conversion.steps import AddOne
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.stacking import unstack_layers
 
 Params = dict[str, Any]
 
 _log = logging.getLogger(__name__)
+_THREADS = min(8, os.cpu_count() or 1)  # a few saturate a memory bus
+_STRIP = 256  # elements
 
 
 def convert_checkpoint(
@@ -69,7 +73,7 @@ def convert_checkpoint(
     shapes = {key: tensor.shape for key, tensor in stored.items()}
 
     def read(key: str) -> np.ndarray:
-        return files.read_tensor(key, stored[key])
+        return files.map_tensor(key, stored[key])
 
     return config, _convert(config, shapes, read, dtype, lambda key: str(stored[key].file), str(directory))
 
@@ -216,25 +220,46 @@ def _convert(
     plan = _plan(config, shapes, file_of, whole)
     if config.tie_word_embeddings:
         _check_tied(shapes, plan, read, whole)
-    flat = {}
-    for entry, key in tqdm(plan.items(), desc="convert", unit=" tensors", disable=None):
-        wanted = None if isinstance(entry.step, AddOne) else target
-        tensor = jax.device_put(read(key), may_alias=True)
-        # One tensor at a time: JAX would run ahead, and hold many.
-        flat[entry.path] = jax.block_until_ready(_on_device(tensor, entry.step, wanted))
+    # In the order in which they lie on the disk, which reads ahead.
+    order = {key: i for i, key in enumerate(shapes)}
+    keys = sorted(((order[key], entry, key) for entry, key in plan.items()), key=lambda item: item[0])
+    size = {key: math.prod(shapes[key]) for key in plan.values()}
+    room = max(size.values())
+
+    def convert(item: tuple[int, Entry, str]) -> tuple[tuple[str, ...], jax.Array]:
+        _, entry, key = item
+        return entry.path, _on_device(entry.step.convert(read(key)), None if isinstance(entry.step, AddOne) else target)
+
+    # A tensor is in memory twice while it is converted. As many at once as have room where the largest has, alone.
+    alone = [item for item in keys if size[item[2]] * _THREADS > room]
+    together = [item for item in keys if size[item[2]] * _THREADS <= room]
+    with (
+        ThreadPoolExecutor(_THREADS) as pool,
+        tqdm(total=len(keys), desc="convert", unit=" tensors", disable=None) as bar,
+    ):
+        flat = {}
+        for path, parameter in itertools.chain(map(convert, alone), pool.map(convert, together)):
+            flat[path] = parameter
+            bar.update()
     return flax.traverse_util.unflatten_dict(flat)
 
 
-@functools.partial(jax.jit, static_argnames=("step", "dtype"))
-def _transformed(tensor: jax.Array, step: Step, dtype: np.dtype | None) -> jax.Array:
-    converted = jnp.asarray(step.convert(tensor))
-    return converted if dtype is None else converted.astype(dtype)
-
-
-def _on_device(tensor: jax.Array, step: Step, dtype: np.dtype | None) -> jax.Array:
-    if isinstance(step, Keep) and dtype in (None, tensor.dtype):
-        return tensor  # jit would copy it
-    return _transformed(tensor, step, dtype)
+def _on_device(view: np.ndarray, dtype: np.dtype | None) -> jax.Array:
+    """A copy of the view, which may be a transposed one, in `dtype`."""
+    dtype = dtype or view.dtype
+    straight = view.flags.c_contiguous
+    if view.dtype == dtype and not straight:
+        # JAX transposes several times faster than numpy.
+        return jax.block_until_ready(jax.device_put(view, may_alias=False))
+    # numpy casts and copies faster than JAX: it compiles nothing, and asks the system for large pages.
+    copy = files.aligned_empty(view.shape, dtype)
+    with np.errstate(over="ignore"):  # float16 has no room for some: they become infinite
+        # By strips, so that what is read stays in the processor's cache until the last of it is written.
+        for start in range(0, view.shape[0 if straight else -1], _STRIP):
+            strip = slice(start, start + _STRIP)
+            at = strip if straight else (..., strip)
+            copy[at] = view[at]
+    return jax.device_put(copy, may_alias=True)
 
 
 def _plan(
@@ -290,10 +315,9 @@ def _exported_name(entry: Entry) -> str:
 
 def _to_numpy(tensor: Any) -> np.ndarray:
     if not hasattr(tensor, "detach"):
-        return np.array(tensor)
+        return np.asarray(tensor)
     # numpy has no bfloat16 of its own, which torch's .numpy() would need; DLPack hands it over.
-    shared = jax.dlpack.from_dlpack(tensor.detach().cpu().contiguous())
-    return np.array(shared, copy=True)
+    return np.asarray(jax.dlpack.from_dlpack(tensor.detach().cpu().contiguous()))
 
 
 def _known_dtypes() -> str:

@@ -35,8 +35,6 @@ _HUB_FILES = ("*.safetensors", INDEX, "config.json", *TOKENIZER_FILES)
 DTYPES = ("float32", "bfloat16", "float16")
 _NUMPY_DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16"), "F16": jnp.dtype("float16")}
 STORED_DTYPES = tuple(_NUMPY_DTYPES)
-# How much of a tensor is read at a time, in bytes.
-_PIECE = 64 * 2**20
 
 
 class CheckpointError(ValueError):
@@ -45,11 +43,12 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies and what its header says of it."""
+    """Where a tensor lies, `start` in bytes from the file's, and what its header says of it."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    start: int
 
 
 def locate(source: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -96,7 +95,8 @@ def read_config(directory: Path) -> Gemma3Config:
 
 
 def read_headers(directory: Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint, by key, from the headers of its safetensors files; no data is read.
+    """Every tensor of a checkpoint, by key, from the headers of its safetensors files, in the order in which
+    they lie there; no data is read.
 
     Raises:
         CheckpointError: no safetensors, a missing, truncated or corrupt file, two files with the same key, or an index
@@ -128,26 +128,23 @@ def read_headers(directory: Path) -> dict[str, Stored]:
     return found
 
 
-def read_tensor(key: str, stored: Stored) -> np.ndarray:
-    """One tensor as a fresh numpy array (bfloat16 through `ml_dtypes`), aligned so that JAX can take it as it is.
+def map_tensor(key: str, stored: Stored) -> np.ndarray:
+    """One tensor as a read-only numpy array (bfloat16 through `ml_dtypes`) that is the file itself, mapped.
 
-    Read in pieces, the file opened anew for each: it is mapped, and mapped pages that were touched count as memory.
+    Nothing is read before it is used; pages that were count as memory until the array is released.
     """
     dtype = _NUMPY_DTYPES[stored.dtype]
-    tensor = _aligned_empty(stored.shape, dtype)
-    row = dtype.itemsize * math.prod(stored.shape[1:])
-    step = max(1, _PIECE // max(row, 1))
+    if not math.prod(stored.shape):
+        return np.empty(stored.shape, dtype)  # nothing to map
     try:
-        for start in range(0, stored.shape[0] if stored.shape else 0, step):
-            with safe_open(stored.file, "numpy") as file:
-                stop = min(start + step, stored.shape[0])
-                tensor[start:stop] = file.get_slice(key)[start:stop]
-    except (SafetensorError, OSError) as error:
+        mapped = np.memmap(stored.file, np.uint8, "r", stored.start, dtype.itemsize * math.prod(stored.shape))
+    except (ValueError, OSError) as error:
         raise CheckpointError(f"{stored.file}: {key} cannot be read: {error}") from error
-    return tensor
+    return mapped.view(np.ndarray).view(dtype).reshape(stored.shape)
 
 
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype, boundary: int = 64) -> np.ndarray:
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype, boundary: int = 64) -> np.ndarray:
+    """An array for JAX to take as it is, without a copy: on a boundary that its CPU backend accepts."""
     size = dtype.itemsize * math.prod(shape)
     buffer = np.empty(size + boundary, np.uint8)
     start = -buffer.ctypes.data % boundary
@@ -218,8 +215,16 @@ def _read_json(file: Path) -> Any:
 
 def _read_header(file: Path) -> dict[str, Stored]:
     try:
-        with safe_open(file, "numpy") as opened:
-            slices = {key: opened.get_slice(key) for key in opened.keys()}
-            return {key: Stored(file, tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
+        with safe_open(file, "numpy"):  # which checks the header against itself and against the file's size
+            pass
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is truncated or corrupt: {error}") from error
+    header.pop("__metadata__", None)
+    data = 8 + size
+    return {
+        key: Stored(file, tuple(tensor["shape"]), tensor["dtype"], data + tensor["data_offsets"][0])
+        for key, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    }
