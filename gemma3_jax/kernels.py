@@ -8,6 +8,7 @@ c queries.
 """
 
 import dataclasses
+import functools
 
 import flax.struct
 import jax
@@ -18,7 +19,7 @@ from gemma3_jax.layers import matmul
 
 # Measured on a CPU at the 270m and 1b shapes, in float32 and bfloat16.
 CHUNK = 128  # queries whose scores are computed together: these stay in its cache
-STRIPES = 8  # parts of a prompt that skip the keys behind them: more skip more, and compile longer
+STRIPES = 4  # parts of a prompt that leave out the keys behind them: more compute less, and compile longer
 SHORT = 512  # tokens below which one dense computation is as fast
 
 
@@ -99,6 +100,7 @@ def dense(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, seen: jax.Arra
     return mix(jax.nn.softmax(scores(q, k, scale, seen), axis=-1), v)
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "chunk"))
 def banded(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: Mask, chunk: int = CHUNK) -> jax.Array:
     """`attend` in time and memory that are linear in the length: each block of queries with the blocks it sees.
 
@@ -126,6 +128,7 @@ def banded(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: Mask, c
     return _or_mean(_joined(z, p), v, mask)
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "chunk"))
 def chunked(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: Mask, chunk: int = CHUNK) -> jax.Array:
     """`attend` in memory that is linear in the length: c queries at a time, each with all keys that they may see.
 
