@@ -2,8 +2,8 @@
 
     python -m benchmarks.compile_time --json benchmarks/results/compile-time-cpu.json
 
-Seconds to trace, lower and compile, all of it, medians; JAX's caches are cleared before each. A first program, not
-counted, has what is set up once per process.
+Seconds to trace, lower and compile, all of it, medians; JAX's caches are cleared before each. What is set up once per
+process is in a first program that is not counted.
 """
 
 import dataclasses

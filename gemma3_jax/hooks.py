@@ -221,7 +221,8 @@ def _edited_at(step: jax.Array, names: Sequence[str | None], edited: Callable[[s
     there, which = _those_of(names)
     if not there:
         return value
-    branches = [*(functools.partial(edited, name) for name in there), lambda value: value]
+    branches: list[Callable[[Any], Any]] = [functools.partial(edited, name) for name in there]
+    branches.append(lambda value: value)
     return jax.lax.switch(jnp.asarray(which)[step], branches, value)
 
 
