@@ -15,21 +15,23 @@ import jax.numpy as jnp
 from flax.core.scope import subtract_filters
 
 from gemma3_jax.attention import Past
-from gemma3_jax.config import Gemma3Config
+from gemma3_jax.config import Gemma3Config, LayerType
 from gemma3_jax.hooks import CAPTURES, Repeated
 from gemma3_jax.sites import layer_of
 from gemma3_jax.stacking import PERIODS, layer_params, repeats
 
 # Sites that change how a block computes when somebody watches or edits them.
-_ON_DEMAND = {
-    "hook_attn_in",
-    "hook_q_input",
-    "hook_k_input",
-    "hook_v_input",
-    "attn.hook_result",
-    "attn.hook_attn_scores",
-    "attn.hook_pattern",
-}
+_ON_DEMAND = frozenset(
+    {
+        "hook_attn_in",
+        "hook_q_input",
+        "hook_k_input",
+        "hook_v_input",
+        "attn.hook_result",
+        "attn.hook_attn_scores",
+        "attn.hook_pattern",
+    }
+)
 
 # For each block of a body, the layers that it stands for, step by step.
 Places = tuple[tuple[int, ...], ...]
@@ -51,18 +53,16 @@ class Body(Repeated):
         x: jax.Array,
         step: jax.Array | int,
         start: jax.Array | None,
-        context: tuple[Mapping[Any, Any], ...],
+        context: tuple[Mapping[LayerType, Any], ...],
         past: Sequence[Past] | None = None,
     ) -> jax.Array:
         """[b, p, d] -> [b, p, d]; `context` has for each layer type what its blocks take beside x."""
         watched, edited = self._at_places(self.watched), self._at_places(self.edited)
-        for place, layers in enumerate(self.layers):
-            kind = self.config.layer_types[layers[0]]
-            block = self.make_block(watched, edited, name=block_name(self.layers, place))
-            here = [each[kind] for each in context]
-            x = from_layer(
-                start, layers[0] + step * len(self.layers), block, x, *here, None if past is None else past[layers[0]]
-            )
+        for place, (first, *others) in enumerate(self.layers):
+            block = self.make_block(watched, edited, name=f"place_{place}" if others else f"blocks_{first}")
+            kind = self.config.layer_types[first]
+            beside = (*(each[kind] for each in context), None if past is None else past[first])
+            x = from_layer(start, first + step * len(self.layers), block, x, *beside)
         return x
 
     def _at_places(self, names: frozenset[str]) -> frozenset[str]:
@@ -74,16 +74,11 @@ class Body(Repeated):
         return frozenset(f"place_{places[int(layer)]}.{rest}" for _, layer, rest in inside)
 
 
-def block_name(layers: Places, place: int) -> str:
-    """The name of the block in a body."""
-    return f"place_{place}" if len(layers[place]) > 1 else f"blocks_{layers[place][0]}"
-
-
 def run_stacked(
     model: Any,
     make_block: MakeBlock,
     x: jax.Array,
-    context: tuple[Mapping[Any, Any], ...],
+    context: tuple[Mapping[LayerType, Any], ...],
     start: int | jax.Array | None,
     stop: int | None,
     past: Sequence[Past] | None,

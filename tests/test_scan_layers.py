@@ -209,10 +209,7 @@ def test_start_at_layer_static_and_traced():
 
 
 def test_gradients_at_sites_and_of_an_edit():
-    """With an edit in a scanned layer; those of parameters are in the parity test.
-
-    Gradients of two orders of rounding have twice the bound.
-    """
+    """With an edit in a scanned layer; those of parameters are in the parity test. Each pass has its own rounding."""
     config, params, stacked = both(tuple(TYPES[:4]))
     sites = ("blocks.*.hook_resid_post", "blocks.1.attn.hook_z", "blocks.3.attn.hook_pattern", "ln_final.hook_in")
 
