@@ -228,7 +228,8 @@ def _convert(
 
     def convert(item: tuple[int, Entry, str]) -> tuple[tuple[str, ...], jax.Array]:
         _, entry, key = item
-        return entry.path, _on_device(entry.step.convert(read(key)), None if isinstance(entry.step, AddOne) else target)
+        converted = np.asarray(entry.step.convert(read(key)))
+        return entry.path, _on_device(converted, None if isinstance(entry.step, AddOne) else target)
 
     # A tensor is in memory twice while it is converted. As many at once as have room where the largest has, alone.
     alone = [item for item in keys if size[item[2]] * _THREADS > room]
