@@ -1,6 +1,7 @@
 """The `gemma3-jax` command: thin, every line of it calls the library, on both its sides."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -32,6 +33,7 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 @app.callback()
 def options(traceback: Annotated[bool, typer.Option(help="Show where an error came from.")] = False) -> None:
     """Gemma 3 in JAX, open at every site."""
+    _keep_compilations()
 
 
 @app.command()
@@ -200,6 +202,15 @@ def main() -> None:
         message = " ".join((usage() if usage else str(error)).split()) or type(error).__name__
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2 if usage else 1)
+
+
+def _keep_compilations() -> None:
+    """What takes a second or more to compile is kept for the next command, unless JAX was told where, or not to."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined] # missing in jax's stubs
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "gemma3-jax"))
 
 
 def _vector(file: Path) -> Any:

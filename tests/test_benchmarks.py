@@ -1,0 +1,75 @@
+"""The benchmark suite runs from end to end, so that it cannot rot, and its ratios follow what they measure."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from benchmarks import forward, report
+from benchmarks.limits import share
+from benchmarks.rows import Figure, Settings, forward_flops, narrow
+from gemma3_jax import Gemma3
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_quick_suite(tmp_path):
+    """`python -m benchmarks --quick` measures everything, and its report makes a page."""
+    file = tmp_path / "report.json"
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    assert set(found["benchmarks"]) == set(report.TITLES)
+    rows = [row for rows in found["benchmarks"].values() for row in rows]
+    assert all(row["seconds"]["port"] > 0 for row in rows)
+    assert all(math.isfinite(figure["value"]) for row in rows for figure in row["figures"])
+    assert min(found["limits"].values()) > 0
+    page = report.page([file])
+    assert all(f"## {title}" in page for title in report.TITLES.values())
+
+
+def test_a_slower_port_has_a_lower_ratio(monkeypatch):
+    """The ratio is the peers' time over the port's: half a second of sleep must show in it."""
+    plain = forward.logits_of
+
+    def slow(*arguments):
+        time.sleep(0.5)
+        return plain(*arguments)
+
+    monkeypatch.setattr(forward, "logits_of", slow)
+    row = next(forward.rows(Settings("quick", ("float32",), 1)))
+    assert row.seconds["port"] > 0.5
+    assert row.figures[0].value < 0.5
+    assert not row.figures[0].met
+
+
+def test_committed_page_is_that_of_the_results():
+    """docs/benchmarks.md is generated: what it says is in the committed results."""
+    assert (ROOT / "docs" / "benchmarks.md").read_text() == report.page()
+
+
+def test_operations_of_a_forward_pass():
+    """The formula counts what XLA counts, but for norms, softmax and the like; the control counts a layer too few."""
+    config, tokens = narrow(6), jax.ShapeDtypeStruct((1, 16), "int32")
+    shapes = jax.eval_shape(lambda: Gemma3(config).init(jax.random.key(0), jax.numpy.zeros((1, 2), int)))["params"]
+    counted = jax.jit(lambda p, t: forward.forward(config, p, t)[0]).lower(shapes, tokens).compile().cost_analysis()
+    assert forward_flops(config, 1, 16) == pytest.approx(counted["flops"], rel=0.1)
+    assert forward_flops(narrow(5), 1, 16) != pytest.approx(counted["flops"], rel=0.1)
+
+
+def test_goals_and_shares():
+    """A goal is met on its own side, and the share is that of the limit that binds."""
+    assert Figure("ratio", 2.0, 1.5).met
+    assert not Figure("ratio", 1.0, 1.5).met
+    assert Figure("added", 0.01, 0.03, at_least=False).met
+    assert Figure("seconds", 1.0).met is None
+    row = {"dtype": "float32", "flops": 10.0, "bytes": 1.0, "seconds": {"port": 2.0}}
+    assert share(row, {"float32 operations": 10.0, "bytes read": 10.0}) == 0.5
+    assert share(row | {"flops": 0, "bytes": 0}, {"bytes read": 1.0}) is None
