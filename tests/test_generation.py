@@ -50,8 +50,6 @@ def full(capture=(), new=NEW):
 
 
 def hf_greedy(model, tokens, mask, new, **options):
-    # One thread: so small products spend their time waiting for a second one.
-    torch.set_num_threads(1)
     with torch.no_grad():
         out = model.generate(
             torch.tensor(tokens), attention_mask=torch.tensor(mask), max_new_tokens=new, do_sample=False, **options
