@@ -144,7 +144,7 @@ def generate(
     given: Any = [{"role": "user", "content": prompt}] if chat else prompt
     pieces = model.generate_stream(given, max_new_tokens, fwd_hooks=hooks, **how)
     if not chat:
-        print(prompt, end="")
+        print(prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
@@ -199,7 +199,8 @@ def main() -> None:
             raise
         # Of a command line that cannot be parsed, typer's own error knows how to put it.
         usage = getattr(error, "format_message", None)
-        message = " ".join((usage() if usage else str(error)).split()) or type(error).__name__
+        said = [usage() if usage else str(error), *getattr(error, "__notes__", [])]
+        message = " ".join(" ".join(said).split()) or type(error).__name__
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2 if usage else 1)
 

@@ -20,7 +20,7 @@ import optax
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.hooks import Edit, Hook, InLayout
 from gemma3_jax.positions import Shape
-from gemma3_jax.restrictions import Only, as_index, axes_of, check_only, check_range, only
+from gemma3_jax.restrictions import Only, as_index, axes_of, check_only, check_range, has_booleans, only
 from gemma3_jax.sites import site
 
 __all__ = [
@@ -211,7 +211,7 @@ def in_layout(edit: Edit, layout: str) -> Edit:
     return edit if isinstance(edit, Mean | FromCache) else InLayout(edit, layout)
 
 
-def check(edit: Any, names: Sequence[str], config: Gemma3Config, shape: Shape) -> None:
+def check(edit: Any, names: Sequence[str], config: Gemma3Config, shape: Shape, new: int = 0) -> None:
     """Refuse an edit that would act nowhere or out of range. Of what is being traced, only the shape can be checked.
 
     Args:
@@ -219,18 +219,32 @@ def check(edit: Any, names: Sequence[str], config: Gemma3Config, shape: Shape) -
         names: canonical names of the sites where it is placed.
         config: of the model.
         shape: (b, p) of the input; p is None where positions were given, which may be any.
+        new: how many tokens will be written behind it, each of which an edit sees alone.
 
     Raises:
-        ValueError: naming the restriction, its value and the site.
+        ValueError: naming the edit or restriction, its value and the site.
     """
     if isinstance(edit, Only):
-        check_only(edit, names, config, shape)
-        check(edit.edit, names, config, shape)
+        new = 0 if edit.phase == "prompt" else new
+        check_only(edit, names, config, shape, new)
+        check(edit.edit, names, config, shape, new)
+    if new and isinstance(edit, Mean | FromCache):
+        raise ValueError(
+            f"{type(edit).__name__} at {names[0]} needs a whole text, and new tokens come one by one; "
+            'keep it to the prompt: edits.only(edit, phase="prompt")'
+        )
     if isinstance(edit, FromRow):
         row = as_index("row", edit.row, booleans=False)
         if row.shape not in ((), (1,), shape[:1]):
             raise ValueError(f"row has shape {row.shape}; it takes one row, or one for each of the {shape[0]}")
         check_range("row", row, shape[0], names[0])
+
+
+def speaks_of_places(edit: Any) -> bool:
+    """Whether a ready-made edit has values for the places of an array, so that the array must stay as it was given."""
+    if isinstance(edit, Only):
+        return has_booleans(edit) or speaks_of_places(edit.edit)
+    return isinstance(edit, FromCache)
 
 
 def _wide(x: Any) -> jax.Array:

@@ -226,11 +226,12 @@ def place(
     shape: Shape,
     start_at_layer: int | jax.Array | None = None,
     stop_at_layer: int | None = None,
+    new: int = 0,
 ) -> list[tuple[str, Edit]]:
     """The (canonical name, edit) pairs that an edit under that name, glob, list or predicate stands for.
 
     `shape` (b, p) is that of the input, for the check that the edit acts somewhere; p is None where positions are
-    given, which may be any.
+    given, which may be any. `new` tokens will be written behind it.
     """
     matches = _running(config, wanted, start_at_layer, stop_at_layer)
     if not callable(edit):
@@ -239,7 +240,7 @@ def place(
     if isinstance(edit, Placed):
         return [(match.name, edit) for match in matches]
     if matches:
-        check(edit, [match.name for match in matches], config, shape)
+        check(edit, [match.name for match in matches], config, shape, new)
     return [(m.name, Placed(edit if m.layout is None else in_layout(edit, m.layout))) for m in matches]
 
 
@@ -249,6 +250,7 @@ def placed_edits(
     shape: Shape,
     start_at_layer: int | jax.Array | None = None,
     stop_at_layer: int | None = None,
+    new: int = 0,
 ) -> dict[str, tuple[Edit, ...]]:
     """The edits by canonical name, in order; arguments as in `place`.
 
@@ -259,7 +261,7 @@ def placed_edits(
     for key, given in edits.items():
         pairs: dict[str, tuple[Edit, ...]] = {}
         for edit in given if isinstance(given, Sequence) else (given,):
-            for name, each in place(config, key, edit, shape, start_at_layer, stop_at_layer):
+            for name, each in place(config, key, edit, shape, start_at_layer, stop_at_layer, new):
                 pairs[name] = (*pairs.get(name, ()), each)
         twice = sorted(set(pairs) & set(placed))
         if twice:
@@ -270,12 +272,12 @@ def placed_edits(
 
 
 def edits_of(
-    config: Gemma3Config, hooks: Hooks, shape: Shape, stop_at_layer: int | None = None
+    config: Gemma3Config, hooks: Hooks, shape: Shape, stop_at_layer: int | None = None, new: int = 0
 ) -> dict[str, list[Edit]]:
     """The edits of (name, edit) pairs by canonical name, in their order, as pytrees that can cross into `jit`."""
     edits: dict[str, list[Edit]] = {}
     for wanted, edit in hooks:
-        for name, placed in place(config, wanted, as_pytree(edit), shape, stop_at_layer=stop_at_layer):
+        for name, placed in place(config, wanted, as_pytree(edit), shape, stop_at_layer=stop_at_layer, new=new):
             edits.setdefault(name, []).append(placed)
     return edits
 

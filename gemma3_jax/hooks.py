@@ -138,16 +138,18 @@ def as_pytree(function: Any) -> Any:
 
 
 def _call(edit: Edit, value: jax.Array, hook: Hook) -> jax.Array:
+    alone = '; new tokens come one by one: edits.only(edit, phase="prompt") keeps an edit to the prompt'
+    remedy = alone if hook.phase == "generation" else ""
     try:
         edited = edit(value, hook)
     except Exception as error:
-        error.add_note(f"in the edit at {hook.name}, which holds {value.dtype} of shape {value.shape}")
+        error.add_note(f"in the edit at {hook.name}, which holds {value.dtype} of shape {value.shape}{remedy}")
         raise
     if edited is None:
         raise TypeError(f"the edit at {hook.name} returned None; it must return the value, changed or not")
     edited = jnp.asarray(edited)
     if edited.shape != value.shape:
-        raise ValueError(f"the edit at {hook.name} returned shape {edited.shape}; the site holds {value.shape}")
+        raise ValueError(f"the edit at {hook.name} returned shape {edited.shape}; the site holds {value.shape}{remedy}")
     return edited
 
 

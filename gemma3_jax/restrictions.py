@@ -104,15 +104,15 @@ def only(
     return Only(as_pytree(edit), **indices, phase=phase)
 
 
-def check_only(edit: Only, names: Sequence[str], config: Gemma3Config, shape: Shape) -> None:
-    """Refuse restrictions that do not fit the sites `names`, or an input of `shape` (b, p)."""
+def check_only(edit: Only, names: Sequence[str], config: Gemma3Config, shape: Shape, new: int = 0) -> None:
+    """Refuse restrictions that do not fit the sites `names`, or an input of `shape` (b, p) and `new` written tokens."""
     if edit.layer is not None:
         absent = set(_known(as_index("layer", edit.layer, booleans=False))) - {layer_of(name) for name in names}
         if absent:
             raise ValueError(f"an edit of layer {min(absent)} never acts at {_listed(names)}; layers count from 0")
     for name in {site(name): name for name in names}.values():
         letters = axes_of(name, len(site(name).axes.split()))
-        b, p = shape
+        b, p = shape[0], None if shape[1] is None else shape[1] + new
         sizes = {_RESTRICTS[c]: axis_size(c, config, b or 0, p or 0) for c in letters if c in _RESTRICTS}
         for restriction in dict.fromkeys(_RESTRICTS.values()):
             wanted = getattr(edit, restriction)
@@ -121,23 +121,16 @@ def check_only(edit: Only, names: Sequence[str], config: Gemma3Config, shape: Sh
             # Of tokens whose positions were given, as any, there is nothing to check.
             if wanted is not None and not (restriction in _OF_TOKENS and p is None):
                 index, full = as_index(restriction, wanted), (sizes[restriction],)
+                if new and restriction in _OF_TOKENS:
+                    _check_growing(restriction, index, name)
                 _check_shape(restriction, index, (b or 0, p or 0) if restriction in _OF_TOKENS else full, name)
                 check_range(restriction, index, sizes[restriction], name)
 
 
-def check_growing(edit: Any) -> None:
-    """Refuse, while a text is being written, restrictions that count from its end or from its present tokens."""
-    if not isinstance(edit, Only) or edit.phase == "prompt":
-        return
-    for name in _OF_TOKENS:
-        wanted = getattr(edit, name)
-        index = None if wanted is None else as_index(name, wanted)
-        if index is not None and (index.dtype == bool or min(_known(index), default=0) < 0):
-            raise ValueError(
-                f"{name} are booleans or count from the end, which moves while a text is written; give positions from "
-                'the start, or restrict the edit by phase="prompt" too'
-            )
-    check_growing(edit.edit)
+def has_booleans(edit: Only) -> bool:
+    """Whether it speaks of tokens by their place in the array, and not by their position."""
+    given = (getattr(edit, name) for name in _OF_TOKENS)
+    return any(as_index("", wanted).dtype == bool for wanted in given if wanted is not None)
 
 
 def axes_of(name: str, ndim: int) -> list[str]:
@@ -169,6 +162,16 @@ def check_range(name: str, index: np.ndarray | jax.Array, size: int, where: str)
     wrong = [i for i in _known(index) if not -size <= i < size]
     if wrong:
         raise ValueError(f"{name} has {wrong[0]}; at {where} there are {size}")
+
+
+def _check_growing(name: str, index: np.ndarray | jax.Array, where: str) -> None:
+    """Refuse what speaks of the tokens that there are, while more are written."""
+    if index.dtype == bool or min(_known(index), default=0) < 0:
+        are = "booleans" if index.dtype == bool else "counted from the end"
+        raise ValueError(
+            f"the {name} of an edit at {where} are {are}, of a text that grows while it is written; give positions "
+            'from the start, or keep the edit to the prompt: edits.only(edit, phase="prompt")'
+        )
 
 
 def _check_shape(name: str, index: np.ndarray | jax.Array, full: tuple[int, ...], where: str) -> None:

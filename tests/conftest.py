@@ -5,10 +5,36 @@ do inherit torch's one thread.
 """
 
 import os
+import subprocess
+import sys
+from importlib.metadata import version
 
 # Before torch is imported. Each test process has a core: torch's own threads would only wait for each other's.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import jax
+import pytest
+from jaxlib import xla_client
 
 jax.config.update("jax_disable_most_optimizations", True)
+# The older emitters of XLA:CPU compile in half the time. An XLA that does not know a flag ends the process.
+if version("jaxlib").startswith("0.10."):
+    given = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{given} --xla_cpu_use_fusion_emitters=false"
+    assert xla_client.CompileOptions().executable_build_options.debug_options  # reads the flags, once
+    os.environ["XLA_FLAGS"] = given
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Call `gemma3-jax` in this process; returns what `subprocess.run` does."""
+    from gemma3_jax import cli
+
+    def call(*arguments) -> subprocess.CompletedProcess:
+        given = ["gemma3-jax", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", given)
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        return subprocess.CompletedProcess(given, done.value.code or 0, *capsys.readouterr())
+
+    return call

@@ -15,9 +15,9 @@ from gemma3_jax.sites import site
 
 
 @functools.cache
-def lively(tied: bool = True) -> tuple[transformers.Gemma3ForCausalLM, Gemma3Config, Any]:
+def lively(tied: bool = True, **overrides: Any) -> tuple[transformers.Gemma3ForCausalLM, Gemma3Config, Any]:
     """Model, config and params; embeddings are small beside what the layers write, so that tokens do not copy."""
-    model = hf_model(tie_word_embeddings=tied)
+    model = hf_model(tie_word_embeddings=tied, **overrides)
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(0.2)
     config = Gemma3Config.from_hf(model.config)

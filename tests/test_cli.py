@@ -1,4 +1,8 @@
-"""The command line as its users meet it: real processes, their output, their exit codes, the files they leave."""
+"""The command line as its users meet it: its output, its exit codes, the files it leaves.
+
+One real process of each sort: the demo, which holds parity with code that is compiled as users run it, an error, a
+listing, and `generate` beside its other tests. The others call the command in this process.
+"""
 
 import json
 import subprocess
@@ -30,13 +34,13 @@ def test_demo(tmp_path):
     assert (tmp_path / "induction.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_convert_then_export_is_the_checkpoint_again(tmp_path):
-    """Three processes, and the tensors of the first file stand in the last one, bit for bit."""
+def test_convert_then_export_is_the_checkpoint_again(tmp_path, command):
+    """The tensors of the first file stand in the last one, bit for bit."""
     from safetensors.numpy import load_file
 
     hf_model().save_pretrained(tmp_path / "hf")
-    assert run("convert", tmp_path / "hf", tmp_path / "port").returncode == 0
-    assert run("export", tmp_path / "port", tmp_path / "back").returncode == 0
+    assert command("convert", tmp_path / "hf", tmp_path / "port").returncode == 0
+    assert command("export", tmp_path / "port", tmp_path / "back").returncode == 0
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
     assert before.keys() == after.keys()
     for key in before:
@@ -46,9 +50,9 @@ def test_convert_then_export_is_the_checkpoint_again(tmp_path):
     assert model.config == convert_checkpoint(tmp_path / "hf")[0]
 
 
-def test_parity_writes_its_report(tmp_path):
+def test_parity_writes_its_report(tmp_path, command):
     """A table for people, JSON for machines, exit code 0."""
-    done = run("parity", TINY, "--tokens", 20, "--json", tmp_path / "report.json")
+    done = command("parity", TINY, "--tokens", 20, "--json", tmp_path / "report.json")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["passed"]
@@ -68,9 +72,10 @@ def test_parity_writes_its_report(tmp_path):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_errors_are_one_line(arguments, names, tmp_path):
+def test_errors_are_one_line(arguments, names, tmp_path, monkeypatch, command):
     """Exit code 1, one line on standard error that names the thing, and no traceback."""
-    done = run(*arguments, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    done = command(*arguments)
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
@@ -79,18 +84,23 @@ def test_errors_are_one_line(arguments, names, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_traceback_on_request():
-    """`--traceback` shows where an error came from."""
+def test_an_error_of_a_real_process():
+    """One line; and `--traceback` shows where it came from."""
+    done = run("info", "/no/such/place")
+    assert (done.returncode, done.stdout) == (1, "")
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "/no/such/place" in line
     done = run("--traceback", "info", "/no/such/place")
-    assert done.returncode != 0
+    assert done.returncode == 1
     assert "Traceback" in done.stderr
 
 
-def test_sites_and_info():
-    """Both list what they are about."""
+def test_sites_and_info(command):
+    """Both list what they are about, the first in a real process."""
     sites = run("sites")
     assert "blocks.{i}.attn.hook_pattern" in sites.stdout
-    info = run("info")
+    info = command("info")
     assert "sliding_attention" in info.stdout
     assert "BF16" in info.stdout
 

@@ -114,6 +114,58 @@ def test_the_repetition_penalty_is_that_of_hugging_face():
     assert (found.tokens != write(32).tokens).any()
 
 
+# Other arithmetic
+
+
+def test_in_bfloat16_the_cache_changes_nothing_but_rounding():
+    """As near to float32 as one forward in bfloat16 is, and its tokens wherever that forward's choice is clear."""
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    found = write(64, params=params, return_logits=True, capture="blocks.*.hook_out")
+    assert found.cache["blocks.0.hook_out"].dtype == jnp.bfloat16
+    run = jax.jit(lambda p, mask: forward(CONFIG, p, found.tokens, "blocks.*.hook_out", attention_mask=mask))
+    (narrow, ours), (exact, theirs) = run(params, found.attention_mask), run(wide, found.attention_mask)
+    narrow, exact = (np.asarray(logits)[:, P - 1 : -1] for logits in (narrow, exact))
+    real = np.asarray(found.attention_mask)[:, :-1].astype(bool)
+    pairs = {"logits": (found.logits, narrow, exact)}
+    for name in found.cache:
+        pairs[name] = tuple(at_real_tokens(name, x[name], real) for x in (found.cache, ours, theirs))
+    for name, (cached, uncached, truth) in pairs.items():
+        # Two roundings of the same sums: the root mean squares of their errors differ by a few percent.
+        assert error(cached, truth) < 1.2 * error(uncached, truth), name
+    # What rounding moves a logit by at most, twice: a larger gap no rounding closes.
+    gap = np.diff(np.sort(exact, axis=-1)[..., -2:])[..., 0]
+    clear = gap > 2 * np.abs(narrow - exact).max()
+    assert clear.mean() > 0.5
+    tokens = np.asarray(found.tokens)[:, P:]
+    np.testing.assert_array_equal(tokens[clear], exact.argmax(axis=-1)[clear])
+    # control: a cache with a window of 8 in place of 7
+    other = write(64, Gemma3Config.from_hf({**CONFIG.to_hf(), "sliding_window": 8}), params, return_logits=True)
+    assert error(other.logits, exact) > 2 * error(narrow, exact)
+    assert (np.asarray(other.tokens)[:, P:][clear] != tokens[clear]).any()
+
+
+def error(value, truth):
+    """Root mean square of the difference."""
+    return float(np.sqrt(np.mean(np.square(np.asarray(value, np.float64) - np.asarray(truth, np.float64)))))
+
+
+def test_capped_logits_are_those_of_hugging_face():
+    """With final_logit_softcapping: the tokens, and the logits and probabilities that come back."""
+    model, config, params = lively(final_logit_softcapping=0.5)
+    theirs = hf_greedy(model, TOKENS, MASK, 24, eos_token_id=None)
+    found = write(24, config, params, return_logits=True)
+    np.testing.assert_array_equal(np.asarray(found.tokens)[:, P:], theirs[:, P:])
+    with torch.no_grad():
+        out = model(torch.tensor(theirs), attention_mask=torch.tensor(np.asarray(found.attention_mask)))
+    before = out.logits.numpy()[:, P - 1 : -1]
+    assert difference(found.logits, before) < BAR
+    log_probs = np.take_along_axis(np.asarray(jax.nn.log_softmax(before)), theirs[:, P:, None], axis=-1)[..., 0]
+    assert difference(found.log_probs, log_probs) < BAR
+    # control: the cap is at work
+    assert difference(write(24, return_logits=True).logits, before) > 0.1
+
+
 # Probabilities and captures
 
 
@@ -272,6 +324,73 @@ def test_an_edit_limited_to_a_phase():
             assert difference(value[:, :P][real], plain[:, :P][real]) < BAR
 
 
+OTHER = edits.FromCache({"blocks.1.hook_out": jax.random.normal(jax.random.key(0), (3, P, CONFIG.hidden_size))})
+SOME = edits.only(STEER, positions=MASK.astype(bool) & (np.arange(P) % 3 == 1))
+WHOLE = {
+    "blocks.0.attn.hook_in": SOME,
+    "blocks.0.hook_out": edits.only(STEER, positions=[1, -1]),
+    "blocks.1.attn.hook_out": edits.Mean(),
+    "blocks.1.hook_out": OTHER,
+    "blocks.2.attn.hook_pattern": edits.only(edits.Scale(2.0), keys=MASK.astype(bool) & (np.arange(P) % 3 == 1)),
+}
+
+
+def test_what_needs_a_whole_text_works_on_the_prompt():
+    """Booleans, places from the end, `Mean` and `FromCache`, kept to the prompt, do what they do in a forward."""
+    kept = {name: edits.only(edit, phase="prompt") for name, edit in WHOLE.items()}
+    found = write(4, edits=kept, capture=list(WHOLE), return_logits=True)
+    run = jax.jit(lambda placed: forward(CONFIG, PARAMS, TOKENS, list(WHOLE), placed, MASK))
+    logits, cache = run(WHOLE)
+    plain = run({})[1]
+    for name in WHOLE:
+        ours, theirs, unedited = (at_real_tokens(name, x[name], MASK) for x in (found.cache, cache, plain))
+        assert difference(ours, theirs) < BAR, name
+        assert difference(ours, unedited) > 0.01, name  # control
+    assert difference(found.logits[:, 0], logits[:, -1]) < BAR
+    tokens = HookedGemma3(CONFIG, PARAMS).generate(
+        TOKENS, 4, attention_mask=MASK, fwd_hooks=list(kept.items()), names_filter=list(WHOLE), stop_at_eos=False
+    )[0]
+    np.testing.assert_array_equal(tokens, found.tokens)
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "says"),
+    [
+        *zip(WHOLE, WHOLE.values(), ["booleans", "counted from the end", "Mean", "FromCache", "keys"], strict=True),
+        ("blocks.1.hook_out", edits.only(OTHER, phase="generation"), "FromCache"),
+        ("blocks.1.hook_out", edits.only(edits.only(SOME, heads=None), rows=1), "booleans"),
+    ],
+)
+def test_what_needs_a_whole_text_is_refused_where_tokens_come_one_by_one(name, edit, says):
+    """One error that names the site, the edit and the remedy; however the edit is wrapped."""
+    for call in (
+        lambda: write(4, edits={name: edit}),
+        lambda: HookedGemma3(CONFIG, PARAMS).generate(TOKENS, 4, attention_mask=MASK, fwd_hooks=[(name, edit)]),
+    ):
+        with pytest.raises(ValueError, match=re.escape('edits.only(edit, phase="prompt")')) as refused:
+            call()
+        assert name in str(refused.value)
+        assert says in str(refused.value)
+
+
+def test_an_edit_of_ones_own_that_fits_the_prompt_alone_is_told_so():
+    """It cannot be known before a new token comes; the error then names the site and the remedy too."""
+    placed = {"blocks.1.hook_out": edits.Scale(np.ones((P, 1), np.float32))}
+    with pytest.raises(ValueError, match=r"blocks\.1\.hook_out returned .*edits\.only\(edit, phase=\"prompt\"\)"):
+        write(4, edits=placed)
+
+
+def test_an_edit_with_values_for_the_places_of_a_prompt_refuses_that_its_rows_are_moved():
+    """Rows padded on the right are moved to end together, and booleans and a cache would be off by the padding."""
+    right = (np.arange(P) < np.asarray(LENGTHS)[:, None]).astype(np.int32)
+    for edit in (SOME, OTHER):
+        kept = {"blocks.1.hook_out": edits.only(edit, phase="prompt")}
+        with pytest.raises(ValueError, match=r"blocks\.1\.hook_out.*pad them on the left"):
+            write(4, edits=kept, attention_mask=right)
+        with pytest.raises(ValueError, match="pad them on the left"):
+            HookedGemma3(CONFIG, PARAMS).generate(TOKENS, 4, attention_mask=right, fwd_hooks=list(kept.items()))
+
+
 # Compilation
 
 
@@ -303,6 +422,20 @@ def test_bucketing_changes_nothing():
         )
         np.testing.assert_array_equal(ours.tokens, theirs.tokens)
         assert difference(ours.log_probs, theirs.log_probs) < BAR
+
+
+def test_the_number_of_stop_tokens_compiles_nothing():
+    """None, one, and several; they still stop."""
+    free = np.asarray(write(16).tokens)[:, P:]
+
+    def ends(stop):
+        return int(write(16, stop_at_eos=True, eos_token_id=stop).attention_mask[0, P:].sum())
+
+    stops = [int(free[0, 3]), [int(free[0, 3]), 0], [0, 0, 0, int(free[0, 3])]]
+    assert compilations(lambda: [ends(stop) for stop in stops]) == (0, 0)
+    first = free[0].tolist().index(free[0, 3]) + 1
+    assert [ends(stop) for stop in stops] == [first] * 3
+    assert free.shape[1] == 16 > first
 
 
 def test_new_values_compile_nothing():
@@ -465,6 +598,8 @@ def test_stop_strings_end_each_row_at_its_own():
         ({"max_new_tokens": 250}, "12 tokens of the prompt and 250 new ones are more than the 256 positions"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be a positive integer"),
         ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
+        ({"max_new_tokens": True}, "max_new_tokens is True"),
+        ({"max_new_tokens": "8"}, "max_new_tokens is '8'"),
         ({"tokens": np.zeros((0, 4), int)}, "one at least"),
         ({"tokens": np.zeros((2, 0), int)}, "one at least"),
         ({"tokens": np.full((1, 4), 300)}, "token id 300 is outside the vocabulary of 101"),
@@ -517,11 +652,39 @@ def test_bad_prompts_and_strings_are_named(arguments, says):
         tiny().generate(**{"input": TEXT, **arguments})
 
 
+def test_any_integer_counts_tokens():
+    """Of NumPy and JAX too, as a length of an array is."""
+    for n in (np.int32(20), np.uint8(20), jnp.int32(20)):
+        assert generate(tiny().config, tiny().params, [[2] * 10], n, stop_at_eos=False).tokens.shape == (1, 30)
+        assert tiny().generate([2] * 10, n, stop_at_eos=False).shape == (1, 30)
+        assert len(list(tiny().generate_stream([2] * 10, n, stop_at_eos=False))) == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"top_p": 2.0}, "top_p is 2.0"),
+        ({"fwd_hooks": [("blocks.9.hook_out", STEER)]}, "blocks.9.hook_out"),
+        ({"stop_strings": ""}, "a stop string is ''"),
+    ],
+)
+def test_a_stream_reports_bad_arguments_when_it_is_called(arguments, says):
+    """And not when the first piece is asked for."""
+    with pytest.raises(ValueError, match=re.escape(says)):
+        tiny().generate_stream(TEXT, **arguments)
+
+
 @pytest.mark.parametrize("function", ["read", "go_on"])
 def test_out_of_memory_says_what_was_asked_for(function, monkeypatch):
     """How many bytes, and by what; any other failure passes through."""
+    real = getattr(module, function)
 
-    def fail(*_, **__):
+    def fail(*arguments, **static):
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
+            return real(*arguments, **static)
+        if function == "go_on":
+            real(*arguments, **static)  # which uses the text up, as a loop that fails may have
         raise jax.errors.JaxRuntimeError(says)
 
     monkeypatch.setattr(module, function, fail)
@@ -534,6 +697,10 @@ def test_out_of_memory_says_what_was_asked_for(function, monkeypatch):
     captured = 3 * 3 * 80 * CONFIG.hidden_size * 4
     assert f"{asked:,} bytes for the keys and values of 3 rows of 80 tokens" in str(error.value)
     assert f"{captured:,} bytes for 3 captured sites" in str(error.value)
+    assert "allocating 1 bytes" in str(error.value)
+    # Where hook_attn_in is edited, each of the 8 query heads has keys and values of its own.
+    with pytest.raises(MemoryError, match=f"{2 * 3 * 10 * 4 * (8 * 76 + 2 * 2 * 7):,} bytes for the keys and values"):
+        write(edits={"blocks.1.hook_attn_in": edits.Scale(2.0)})
     with pytest.raises(MemoryError, match="keys and values"):
         HookedGemma3(CONFIG, PARAMS).generate(TOKENS, 5)
     says = "INTERNAL: something else"

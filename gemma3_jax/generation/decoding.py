@@ -56,7 +56,7 @@ class Task:
         edits: as `forward` takes them.
         sampling: how tokens are drawn.
         keys: [b] random keys.
-        stop: [m] int32, the tokens that end a row; m may be 0.
+        stop: [m] int32, the tokens that end a row; -1 stands for none.
         pad: what is written behind the end of a row.
         config: shape of the model (static).
         capture: canonical names of the sites to keep (static).

@@ -3,7 +3,7 @@
 Axes: b batch, p columns of the prompt, n new tokens, V vocabulary.
 """
 
-import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,13 +14,13 @@ import numpy as np
 
 from gemma3_jax.cache import ActivationCache
 from gemma3_jax.config import Gemma3Config
+from gemma3_jax.edits import speaks_of_places
 from gemma3_jax.forward import Capture, Edits, captured_names, placed_edits
 from gemma3_jax.generation.decoding import Decoding, Task, go_on, read
-from gemma3_jax.generation.kv_cache import cache_bytes
+from gemma3_jax.generation.memory import in_memory
 from gemma3_jax.generation.sampling import row_keys, sampling
 from gemma3_jax.hooks import Placed, as_pytree
-from gemma3_jax.restrictions import check_growing
-from gemma3_jax.sites import shape_of, site
+from gemma3_jax.sites import site
 from gemma3_jax.stacking import unstack_layers
 
 Params = Mapping[str, Any]
@@ -74,7 +74,11 @@ def generate(
 
     An edit is told the absolute `positions` of the tokens that it sees, [b, p] of the prompt and then [b, 1] of every
     new token, and the `phase`, "prompt" or "generation"; `edits.only` restricts it to either. Steering a text while
-    it is written is the same as steering it in one `forward` over the whole text.
+    it is written is the same as steering it in one `forward` over the whole text. What needs a whole text, as new
+    tokens come one by one, must be kept to the prompt by `edits.only(edit, phase="prompt")`: `edits.Mean`,
+    `edits.FromCache`, positions or keys that are booleans or count from the end, and arrays with a value for each
+    position. `edits.Noise` draws the same numbers at every new token. An edit sees rows that end together: where the
+    prompts are padded on the right, they are moved.
 
     A token's step under a scan would copy the weights of every layer, so that stacked parameters are unstacked first.
 
@@ -85,7 +89,7 @@ def generate(
         config: shape of the model.
         params: parameter pytree.
         tokens: [b, p] integer ids, padded on either side where `attention_mask` says so.
-        max_new_tokens: how many to write at most.
+        max_new_tokens: how many to write at most, any integer from 1.
         attention_mask: [b, p], 1 at real tokens.
         temperature: 0 takes the likeliest token. This and the next four: one number, or one for each row.
         top_k: draw from the k likeliest tokens only.
@@ -103,7 +107,8 @@ def generate(
         A `Generation`.
 
     Raises:
-        ValueError: a parameter out of range; no room for the tokens in the model's positions.
+        ValueError: a parameter out of range; no room for the tokens in the model's positions; an edit that needs a
+            whole text.
         MemoryError: with the bytes that were asked for.
 
     >>> from conversion import convert_checkpoint
@@ -130,28 +135,27 @@ def generate(
         edits=edits,
         return_logits=return_logits,
     )
-    text = bounds.in_memory(go_on, task, text, jnp.int32(max_new_tokens - 1))
+    text = in_memory(go_on, task, text, jnp.int32(bounds.new - 1))
     return finish(task, text, bounds)
 
 
 @flax.struct.dataclass
 class Bounds:
-    """What a generation was asked for: parameters as given, the padding that bucketing added, its size in words."""
+    """What a generation was asked for, on the host.
+
+    Attributes:
+        params: as they were given.
+        new: how many tokens to write at most.
+        prompt: columns of the prompt.
+        start: [b], the padding of each of its rows.
+        extra: columns of padding that bucketing added before it.
+    """
 
     params: Params
-    extra: int
+    new: int
     prompt: int
     start: np.ndarray
-    size: str
-
-    def in_memory(self, function: Any, *arguments: Any, **options: Any) -> Any:
-        """Call it; running out of memory says what was asked for."""
-        try:
-            return jax.block_until_ready(function(*arguments, **options))
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise MemoryError(f"out of memory: {self.size}. Ask for fewer rows, tokens or captures.") from error
+    extra: int
 
 
 def begin(
@@ -174,37 +178,30 @@ def begin(
     b, p = rows.shape
     if config.use_bidirectional_attention:
         raise ValueError("a model with use_bidirectional_attention (an encoder) does not generate")
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens!r}; it must be a positive integer")
-    if p + max_new_tokens > config.max_position_embeddings:
+    new = checked_count(max_new_tokens)
+    if p + new > config.max_position_embeddings:
         raise ValueError(
-            f"{p} tokens of the prompt and {max_new_tokens} new ones are more than the "
+            f"{p} tokens of the prompt and {new} new ones are more than the "
             f"{config.max_position_embeddings} positions that the model has"
         )
-    names = captured_names(config, capture)
-    placed = placed_edits(config, _as_pytrees(edits or {}), (b, p + max_new_tokens))
-    for edit in (each.edit for several in placed.values() for each in several if isinstance(each, Placed)):
-        check_growing(edit)
+    edits = _as_pytrees(edits or {})
+    _check_places(edits, attention_mask, np.arange(p) >= start[:, None])
     task = Task(
         unstack_layers(config, params),
-        placed,
+        placed_edits(config, edits, (b, p), new=new),
         sampling(b, **how),
         row_keys(seed, b),
         _stop_tokens(config, stop_at_eos, eos_token_id),
         jnp.int32(config.pad_token_id or 0),
         config,
-        names,
+        captured_names(config, capture),
     )
     extra = 0 if edits else _bucket(p) - p
-    room = _bucket(max_new_tokens)
-    dtype = params["embed"]["weight"].dtype
-    cache = cache_bytes(config, b, p + extra + room, dtype)["total"]
-    bounds = Bounds(params, extra, p, start, _size(config, b, p + extra, room, cache, names, return_logits))
     padded = jnp.asarray(np.pad(rows, ((0, 0), (extra, 0)), constant_values=config.pad_token_id or 0), jnp.int32)
-    begun = bounds.in_memory(
-        read, task, padded, jnp.asarray(start + extra, jnp.int32), new=room, keep_logits=return_logits
+    begun = in_memory(
+        read, task, padded, jnp.asarray(start + extra, jnp.int32), new=_bucket(new), keep_logits=return_logits
     )
-    return task, begun, bounds
+    return task, begun, Bounds(params, new, p, start, extra)
 
 
 def finish(task: Task, text: Decoding, bounds: Bounds, ends: np.ndarray | None = None) -> Generation:
@@ -231,14 +228,37 @@ def finish(task: Task, text: Decoding, bounds: Bounds, ends: np.ndarray | None =
     )
 
 
-def stream(task: Task, text: Decoding, bounds: Bounds, max_new_tokens: int) -> Iterator[Decoding]:
+def stream(task: Task, text: Decoding, bounds: Bounds) -> Iterator[Decoding]:
     """The text after each new token, until all rows have ended; with the tokens of `generate`."""
     yield text
-    for _ in range(max_new_tokens - 1):
+    for _ in range(bounds.new - 1):
         if bool(text.done.all()):
             return
-        text = bounds.in_memory(go_on, task, text, jnp.int32(1))
+        text = in_memory(go_on, task, text, jnp.int32(1))
         yield text
+
+
+def checked_count(max_new_tokens: Any) -> int:
+    """Of any integer type, 1 at least."""
+    try:
+        count = 0 if isinstance(max_new_tokens, bool) else operator.index(max_new_tokens)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens!r}; it must be a positive integer")
+    return count
+
+
+def _check_places(edits: Mapping[str, Sequence[Any]], attention_mask: Any, aligned: np.ndarray) -> None:
+    """Refuse edits with values for the places of a prompt whose rows are moved, from the given mask to the aligned."""
+    if attention_mask is None or np.array_equal(np.atleast_2d(attention_mask).astype(bool), aligned):
+        return
+    for name, several in edits.items():
+        if any(speaks_of_places(each.edit if isinstance(each, Placed) else each) for each in several):
+            raise ValueError(
+                f"an edit at {name} has values for the places of the prompt, whose rows are moved to end together; pad "
+                'them on the left, as `to_tokens(texts, padding_side="left")` does'
+            )
 
 
 def _aligned(config: Gemma3Config, tokens: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -269,14 +289,14 @@ def _aligned(config: Gemma3Config, tokens: Any, attention_mask: Any) -> tuple[np
 
 
 def _stop_tokens(config: Gemma3Config, stop_at_eos: bool, eos_token_id: Any) -> jax.Array:
-    """[m] int32."""
+    """[m] int32, filled up with -1, which is no token, so that their number compiles nothing new."""
     given = config.eos_token_id if eos_token_id is None else eos_token_id
     stop = np.atleast_1d(np.asarray([] if given is None or not stop_at_eos else given))
     if stop.size and not (
         np.issubdtype(stop.dtype, np.integer) and (stop >= 0).all() and (stop < config.vocab_size).all()
     ):
         raise ValueError(f"eos_token_id is {given!r}; it takes ids within the vocabulary of {config.vocab_size}")
-    return jnp.asarray(stop, jnp.int32)
+    return jnp.asarray(np.pad(stop, (0, _bucket(stop.size) - stop.size), constant_values=-1), jnp.int32)
 
 
 def _bucket(length: int) -> int:
@@ -284,25 +304,12 @@ def _bucket(length: int) -> int:
     return 1 << max(3, (length - 1).bit_length()) if length <= 64 else -(-length // 64) * 64
 
 
-def _as_pytrees(edits: Edits) -> Edits:
+def _as_pytrees(edits: Edits) -> dict[str, list[Any]]:
     """The same, with plain functions wrapped, so that they cross into `jit`."""
     return {
         name: [as_pytree(edit) for edit in (given if isinstance(given, Sequence) else [given])]
         for name, given in edits.items()
     }
-
-
-def _size(
-    config: Gemma3Config, b: int, p: int, room: int, cache: int, names: Sequence[str], return_logits: bool
-) -> str:
-    """What takes memory, in words."""
-    parts = [f"{cache:,} bytes for the keys and values of {b} rows of {p + room} tokens"]
-    captured = sum(4 * math.prod(shape_of(name, config, b, p + room)) for name in names)
-    if captured:
-        parts.append(f"{captured:,} bytes for {len(names)} captured sites")
-    logits = 4 * b * config.vocab_size * (room if return_logits else 2)
-    parts.append(f"{logits:,} bytes for logits")
-    return ", ".join(parts)
 
 
 def _cut(name: str, value: jax.Array, run: slice) -> jax.Array:

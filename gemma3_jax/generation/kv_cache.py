@@ -54,7 +54,8 @@ def cache_bytes(config: Gemma3Config, batch: int, capacity: int, dtype: DTypeLik
 
     Returns:
         Bytes of "full_attention" and "sliding_attention" layers, their "total", and "per_token": what one more column
-        costs while it is beyond the window, which only global layers pay for.
+        costs while it is beyond the window, which only global layers pay for. A layer whose `hook_attn_in` is edited
+        takes h / g times as much: every query head has keys and values of its own there.
 
     >>> cache_bytes(Gemma3Config.preset("1b"), batch=1, capacity=32_768, dtype="bfloat16")
     {'full_attention': 134217728, 'sliding_attention': 11534336, 'total': 145752064, 'per_token': 4096}

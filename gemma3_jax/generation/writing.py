@@ -11,7 +11,8 @@ import numpy as np
 
 from gemma3_jax.forward import Capture, Hooks, edits_of
 from gemma3_jax.generation.decoding import Decoding, Task, go_on
-from gemma3_jax.generation.generate import Bounds, Generation, begin, finish, stream
+from gemma3_jax.generation.generate import Bounds, Generation, begin, checked_count, finish, stream
+from gemma3_jax.generation.memory import in_memory
 from gemma3_jax.text import Input, Text
 
 Message = Mapping[str, str]
@@ -44,13 +45,14 @@ class Writing(Text):
         Args:
             input: a text or several, of any lengths; messages, `[{"role": "user", "content": "..."}]`, or several lists
                 of these, which go through the checkpoint's chat template; or ids [p] or [b, p]. Each has one BOS.
-            max_new_tokens: how many to write at most.
+            max_new_tokens: how many to write at most, any integer from 1.
             stop_strings: end a row behind the first token with which one of these is written. Looked for every 16
                 tokens, on the host.
             return_type: "text" or "tokens"; by default what the input is.
             names_filter: sites to keep, over prompt and continuation.
             fwd_hooks: (name, edit) pairs, as in `run_with_hooks`; they act on the prompt and on every new token.
-                `edits.only(edit, phase="generation")` acts on the latter alone.
+                `edits.only(edit, phase="generation")` acts on the latter alone, and what needs a whole text
+                (`edits.Mean`, `edits.FromCache`, booleans as positions) must have `phase="prompt"`.
             attention_mask: [b, p], 1 at real tokens, with ids.
             return_logits: keep the logits of every new token.
             **options: `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `seed`, `stop_at_eos` and
@@ -73,7 +75,7 @@ class Writing(Text):
         task, text, bounds = self._begin(
             tokens, mask, max_new_tokens, fwd_hooks, capture=keep, return_logits=return_logits, **options
         )
-        text, ends = self._write(task, text, bounds, max_new_tokens, stops)
+        text, ends = self._write(task, text, bounds, stops)
         found = finish(task, text, bounds, ends)
         kind = return_type or ("text" if _is_text(input) else "tokens")
         out = found.tokens if kind == "tokens" else self._texts(found, bounds.prompt, input)
@@ -89,27 +91,31 @@ class Writing(Text):
         attention_mask: Any = None,
         **options: Any,
     ) -> Iterator[Any]:
-        """Yield the continuation piece by piece, with the tokens of `generate` and its arguments.
+        """The continuation piece by piece, with the tokens of `generate` and its arguments.
 
-        Yields:
-            A text for a text, a list of texts for several (empty where a row has ended, or a letter is not complete);
-            tokens [b] for ids.
+        Arguments are checked, and the prompt is read, when it is called.
+
+        Returns:
+            An iterator over texts for a text, over lists of texts for several (empty where a row has ended, or a letter
+            is not complete), and over tokens [b] for ids.
         """
         stops = self._stop_strings(stop_strings)
         tokens, mask = self._prompt(input, attention_mask)
-        task, text, bounds = self._begin(tokens, mask, max_new_tokens, fwd_hooks, **options)
+        return self._pieces(input, *self._begin(tokens, mask, max_new_tokens, fwd_hooks, **options), stops)
+
+    def _pieces(self, input: Prompt, task: Task, text: Decoding, bounds: Bounds, stops: Sequence[str]) -> Iterator[Any]:
         as_text = _is_text(input)
         before = self._shown_before(input, text, bounds)
         shown = [self._spelled(ids) if as_text else "" for ids in before]
         rows: list[list[int]] = [[] for _ in before]
         ended = np.zeros(len(rows), bool)
-        for now in stream(task, text, bounds, max_new_tokens):
+        for now in stream(task, text, bounds):
             was = ended
             new = np.where(was, int(task.pad), np.asarray(now.tokens[:, int(now.length) - 1]))
             for row, token in zip(rows, new, strict=True):
                 row.append(int(token))
             ended = was | np.asarray(now.done) | [any(stop in self._spelled(row) for stop in stops) for row in rows]
-            last = ended | (len(rows[0]) == max_new_tokens)
+            last = ended | (len(rows[0]) == bounds.new)
             pieces = []
             for i in range(len(rows) if as_text else 0):
                 spelled = shown[i] if was[i] else self._spelled([*before[i], *rows[i]])
@@ -130,25 +136,25 @@ class Writing(Text):
     def _begin(
         self, tokens: np.ndarray, mask: Any, max_new_tokens: int, fwd_hooks: Hooks, **options: Any
     ) -> tuple[Task, Decoding, Bounds]:
-        edits = edits_of(self.config, fwd_hooks, (tokens.shape[0], tokens.shape[1] + max_new_tokens))
+        edits = edits_of(self.config, fwd_hooks, tokens.shape, new=checked_count(max_new_tokens))
         return begin(self.config, self.params, tokens, max_new_tokens, attention_mask=mask, edits=edits, **options)
 
     def _write(
-        self, task: Task, text: Decoding, bounds: Bounds, max_new_tokens: int, stops: Sequence[str]
+        self, task: Task, text: Decoding, bounds: Bounds, stops: Sequence[str]
     ) -> tuple[Decoding, np.ndarray | None]:
         """The whole text, and by row the column of the token that completed a stop string."""
         if not stops:
-            return bounds.in_memory(go_on, task, text, jnp.int32(max_new_tokens - 1)), None
+            return in_memory(go_on, task, text, jnp.int32(bounds.new - 1)), None
         first = bounds.extra + bounds.prompt
         while True:
             rows = np.asarray(text.tokens)[:, first : int(text.length)]
             found = [self._stopped_at(row, stops) for row in rows]
             ends = np.asarray([len(row) if at is None else at for row, at in zip(rows, found, strict=True)])
             text = text.replace(done=text.done | jnp.asarray([at is not None for at in found]))  # type: ignore[attr-defined]
-            left = max_new_tokens - rows.shape[1]
+            left = bounds.new - rows.shape[1]
             if not left or bool(text.done.all()):
                 return text, bounds.prompt + ends
-            text = bounds.in_memory(go_on, task, text, jnp.int32(min(SEGMENT, left)))
+            text = in_memory(go_on, task, text, jnp.int32(min(SEGMENT, left)))
 
     def _stopped_at(self, row: np.ndarray, stops: Sequence[str]) -> int | None:
         """The place of the first token with which the row has a stop string."""
