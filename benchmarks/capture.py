@@ -3,6 +3,10 @@
     python -m benchmarks.capture --json benchmarks/results/capture-cpu.json --markdown docs/benchmarks-capture.md
 
 Captures leave the compiled function and stay on the device: the transfer to the host is not measured. Random weights.
+
+On a CPU the results of every site of a long batch are gigabytes, which glibc takes from the kernel page by page and
+gives back, in every run. With `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 MALLOC_ARENA_MAX=1` in the environment it
+keeps them, which shows what capture itself costs.
 """
 
 import functools
