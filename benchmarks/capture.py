@@ -1,6 +1,10 @@
 """What keeping activations adds to a forward pass: whole residuals, every site, and residuals reduced on the device.
 
 Captures leave the compiled function and stay on the device: the transfer to the host is not measured.
+
+On a CPU the results of every site of a long batch are gigabytes, which glibc takes from the kernel page by page and
+gives back, in every run. With `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 MALLOC_ARENA_MAX=1` in the environment it
+keeps them, which shows what capture itself costs.
 """
 
 import functools

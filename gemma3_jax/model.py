@@ -72,16 +72,17 @@ class Block(nn.Module):
         if hooks["hook_attn_in"] in self.watched:
             shared = HookPoint(name="hook_attn_in")(shared)
         own_keys = hooks["hook_attn_in"] in self.edited
+        # One array for sites that hold the same copies, so that they leave a compiled function once.
+        grouped = shared if own_keys or g == h else _copies(x, g)
 
-        def change(name: str, n: int) -> jax.Array:
+        def change(name: str, copies: jax.Array) -> jax.Array:
             # [b, p, n, d]
-            copies = shared if own_keys else _copies(x, n)
             if hooks[name] in self.watched:
                 copies = HookPoint(name=name)(copies)
             # Each rounded as ln1's output is, so that an edited copy replaces it without a remainder.
             return ln1.unhooked(copies).astype(jnp.float32) - ln1.unhooked(x)[:, :, None].astype(jnp.float32)
 
-        changes = change("hook_q_input", h), change("hook_k_input", g), change("hook_v_input", g)
+        changes = change("hook_q_input", shared), change("hook_k_input", grouped), change("hook_v_input", grouped)
         return changes if self.edited.intersection(hooks.values()) else None
 
 

@@ -67,6 +67,19 @@ def test_what_the_table_says_of_each_value_holds():
     np.testing.assert_array_equal(cache["unembed.hook_in"], cache["ln_final.hook_out"])
 
 
+def test_equal_sites_share_one_array():
+    """Sites that hold one value leave the compiled function of `run_with_cache` once, with the right value."""
+    logits, cache = HookedGemma3(*small()).run_with_cache(TOKENS)
+    for name in SITES:
+        assert_same(cache[name], plain()[1][name])
+    copies = ["blocks.0.hook_attn_in", "blocks.0.hook_q_input"]
+    stream, normed = ["blocks.0.hook_out", "blocks.1.hook_in"], ["blocks.0.attn.hook_in", "blocks.0.ln1.hook_out"]
+    for one, other in (stream, normed, copies):
+        assert cache[one] is cache[other]
+    assert cache["unembed.hook_out"] is logits
+    assert cache["blocks.0.hook_in"] is not cache["blocks.1.hook_in"]  # control
+
+
 def test_capture_inside_jit():
     """Under jit the same values come out as without, in the model's order, under all their names."""
     logits, cache = jitted()(*small(), TOKENS, SOME)

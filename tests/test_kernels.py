@@ -1,4 +1,4 @@
-"""Attention in a band and in chunks is the attention that holds every score, in linear memory, and in time where it can.
+"""Attention in a band and in chunks is the attention that holds every score, in linear memory, and time if it can.
 
 The reference is `dense`, which the tests of masks and of parity hold to its definition and to Hugging Face.
 """
