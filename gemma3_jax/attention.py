@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from gemma3_jax.config import Gemma3Config, LayerType
 from gemma3_jax.hooks import HookPoint, site_of
-from gemma3_jax.kernels import Mask, attend, mix, mixed, scores
+from gemma3_jax.kernels import SHORT, Mask, attend, mix, mixed, scores
 from gemma3_jax.layers import HeadsIn, HeadsOut, RMSNorm, rotate
 
 
@@ -118,7 +118,11 @@ class Attention(nn.Module):
         shown = self.watched.intersection(site_of(self, name) for name in ("hook_attn_scores", "hook_pattern"))
         scale = c.query_pre_attn_scalar**-0.5
         # [b, p, h, e]
-        z = self._shown(q, k, v, scale, mask, past) if shown or past is not None else attend(q, k, v, scale, mask)
+        if shown or past is not None or q.shape[1] < SHORT:
+            # What is short has all its scores at once in any case, so that their hooks cost nothing.
+            z = self._shown(q, k, v, scale, mask, past)
+        else:
+            z = attend(q, k, v, scale, mask)
         name = site_of(self, "hook_result")
         hook_result = HookPoint(name="hook_result") if name in self.watched else None
         o = HeadsOut((c.num_attention_heads, c.head_dim, c.hidden_size), c.attention_bias, name="o")

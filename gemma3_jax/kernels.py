@@ -1,7 +1,7 @@
 """Attention as pure functions: all at once, in a band along the diagonal, or a few queries at a time.
 
 All three compute the same thing. `dense` holds every score at once; `banded` and `chunked` never do, forward or
-backward, and never build the mask at full size. `attend` picks the fastest.
+backward, and never build the mask at full size. `attend` picks one of these two.
 
 Axes: b batch, p query position, k key position, h query heads, g key/value heads, r = h / g, e head_dim; n blocks of
 c queries.
@@ -76,10 +76,10 @@ def mixed(pattern: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: Mask) -> jax.Array:
-    """[b, p, h, e]: attention of q [b, p, h, e] over k and v [b, p, g, e], by the fastest of the ways below.
+    """[b, p, h, e]: attention of q [b, p, h, e] over k and v [b, p, g, e] that never holds all scores.
 
-    Short prompts are `dense`; of the others, those that are several windows long are `banded`, and the rest `chunked`.
-    A query that sees no key, in padding, takes the mean of all values.
+    What is several windows long is `banded`, the rest `chunked`; below `SHORT` tokens `dense` is as fast. A query that
+    sees no key, in padding, takes the mean of all values.
 
     >>> q = jax.random.normal(jax.random.key(0), (1, 600, 2, 4))
     >>> kv = jax.random.normal(jax.random.key(1), (1, 600, 1, 4))
@@ -88,10 +88,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: Mask) -
     >>> bool(jnp.allclose(attend(q, kv, kv, 0.5, near), slow, atol=1e-6))
     True
     """
-    p = q.shape[1]
-    if p < SHORT:
-        return dense(q, k, v, scale, mask.seen(jnp.arange(p), jnp.arange(p)))
-    several = p > 2 * (mask.before + mask.after + CHUNK)
+    several = q.shape[1] > 2 * (mask.before + mask.after + CHUNK)
     return (banded if several else chunked)(q, k, v, scale, mask)
 
 

@@ -96,10 +96,10 @@ class Gemma3(nn.Module):
 
     Attributes:
         config: the model's shape.
-        watched: canonical names of sites that an interceptor captures or edits. Seven sites of a block are computed
-            only when they are in it: `hook_attn_scores`, `hook_pattern`, `hook_result`, `hook_attn_in` and
-            `hook_{q,k,v}_input`. `forward` fills it in; an interceptor of your own needs it for these seven, and for
-            no other.
+        watched: canonical names of sites that an interceptor captures or edits. Five sites of a block are computed
+            only when they are in it, `hook_result`, `hook_attn_in` and `hook_{q,k,v}_input`, and from 512 tokens on
+            two more, `hook_attn_scores` and `hook_pattern`. `forward` fills it in; an interceptor of your own needs it
+            for these, and for no other.
         edited: those of them that are edited.
         scan_layers: scan over the periods in which the layer types repeat, which compiles a deep model as fast as a
             shallow one: the parameters are in the layout of `gemma3_jax.stack_layers`. An interceptor of your own sees

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +18,9 @@ from jax import export
 from random_models import random_tokens
 from small_model import assert_same, same, small
 
-from gemma3_jax import Gemma3Config, forward
+from gemma3_jax import Gemma3, Gemma3Config, forward
 from gemma3_jax.attention import visible
+from gemma3_jax.hooks import site_of
 from gemma3_jax.kernels import SHORT, Mask, attend, banded, chunked, dense
 
 SCALE = 0.4
@@ -242,15 +244,27 @@ def test_no_value_of_a_long_prompt_is_quadratic(variant):
     assert square
 
 
-def test_short_prompts_are_attended_to_at_once():
-    """Below the length from which it pays, bit for bit what `dense` gives; from there on to rounding."""
-    q, k, v = random_qkv(SHORT, e=2)
-    long, short = masked(SHORT, 6, False, None), masked(SHORT - 1, 6, False, None)
-    ours, dense_ones = attend(q, k, v, SCALE, long), every_score(q, k, v, SCALE, long)
-    assert_same(ours, dense_ones, 1e-6)
-    assert not np.array_equal(ours, dense_ones)  # control
-    q, k, v = (x[:, :-1] for x in (q, k, v))
-    np.testing.assert_array_equal(attend(q, k, v, SCALE, short), every_score(q, k, v, SCALE, short))
+def test_short_prompts_show_their_scores():
+    """Below the length from which it pays all scores are computed, where anybody's interceptor sees them unasked."""
+    config, params = small()
+
+    def seen(length: int) -> set[str]:
+        names: set[str] = set()
+
+        def look(next_fun, args, kwargs, context):
+            names.add(site_of(context.module))
+            return next_fun(*args, **kwargs)
+
+        def run(params):
+            with nn.intercept_methods(look):
+                return Gemma3(config).apply({"params": params}, jnp.zeros((1, length), jnp.int32))
+
+        jax.eval_shape(run, params)
+        return names
+
+    shown = {"blocks.0.attn.hook_attn_scores", "blocks.0.attn.hook_pattern"}
+    assert shown <= seen(SHORT - 1)
+    assert not shown & seen(SHORT)  # control
 
 
 # --- cost -----------------------------------------------------------------------------------------------------------
