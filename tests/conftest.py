@@ -1,7 +1,7 @@
 """Compile quickly: most of the suite's time would go to optimising programs that run once.
 
 Processes that the tests start do not see this, so that the command line holds parity with code as users run it. They
-do inherit torch's one thread.
+do inherit torch's one thread, and that no compiled program is kept.
 """
 
 import os
@@ -11,6 +11,8 @@ from importlib.metadata import version
 
 # Before torch is imported. Each test process has a core: torch's own threads would only wait for each other's.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Before jax is imported. The command line keeps compiled programs in the home directory: no test reads or fills it.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import jax
 import pytest

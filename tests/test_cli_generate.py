@@ -1,6 +1,7 @@
 """`gemma3-jax generate`: what it prints is what the library generates, piece by piece, and its errors are one line."""
 
 import functools
+import os
 import shutil
 import subprocess
 import sys
@@ -39,11 +40,14 @@ def vector(scale=1.0):
     return np.random.default_rng(0).normal(size=tiny().config.hidden_size).astype(np.float32) * scale
 
 
-def test_a_real_process():
-    """As it is installed, with the shipped model as it is stored."""
+def test_a_real_process(tmp_path):
+    """As it is installed, with the shipped model as it is stored; what it compiles is kept for the next one."""
     command = [str(Path(sys.executable).with_name("gemma3-jax")), "generate", "--prompt", PROMPT]
-    done = subprocess.run([*command, "--max-new-tokens", "3"], capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(tmp_path)}
+    options = {"capture_output": True, "text": True, "timeout": 300, "env": environment}
+    done = subprocess.run([*command, "--max-new-tokens", "3"], **options)
     assert (done.returncode, done.stdout) == (0, f"{PROMPT} lo mu ti\n"), done.stderr
+    assert list((tmp_path / "gemma3-jax").iterdir())
 
 
 def test_it_continues_the_prompt(written):
