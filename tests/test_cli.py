@@ -1,7 +1,7 @@
 """The command line as its users meet it: its output, its exit codes, the files it leaves.
 
-One real process of each sort: the demo and parity, which hold parity with code that is compiled as users run it, an error, a
-listing, and `generate` beside its other tests. The others call the command in this process.
+One real process of each sort: the demo and parity, whose code is compiled as users run it, an error, a listing, and
+`generate` beside its other tests. The others call the command in this process.
 """
 
 import json
