@@ -13,7 +13,8 @@ from random_models import hf_model, hf_multimodal, random_tokens
 from conversion import convert_checkpoint, convert_state_dict
 from conversion.parity import SMALL_BAR, compare, compare_bfloat16, compare_sites, huggingface, our_activations, parity
 from gemma3_jax import Gemma3Config, forward
-from gemma3_jax.sites import SITES
+from gemma3_jax.kernels import SHORT
+from gemma3_jax.sites import SITES, site_names
 
 LINEAR = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
@@ -89,6 +90,39 @@ def test_padding_changes_no_real_token(side):
     unmasked, _ = forward(config, params, jnp.asarray(tokens))
     moved = float(jnp.max(jnp.abs(unmasked - padded)[1, mask[1].astype(bool)]))
     assert (moved > 1e-2) == (side == "left")
+
+
+LONG = SHORT + 88
+LONG_MODELS = {
+    "causal": ({}, "left"),
+    "both ways": ({"use_bidirectional_attention": True, "sliding_window": 9}, "right"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "side"), LONG_MODELS.values(), ids=LONG_MODELS.keys())
+def test_long_prompts(overrides, side):
+    """Where nobody watches scores or patterns long prompts take kernels that never hold them all, and other sums.
+
+    Padded, every other site of the port and gradients are those of Hugging Face; with layers shifted they are not.
+    """
+    model = hf_model(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], **overrides)
+    config, params = converted(model)
+    tokens, mask = random_tokens((2, LONG)), np.ones((2, LONG), np.int64)
+    mask[1, slice(70) if side == "left" else slice(LONG - 70, None)] = 0
+
+    def unwatched(params):
+        names = [name for name in site_names(config) if not name.endswith(("hook_attn_scores", "hook_pattern"))]
+        run = jax.jit(lambda params, *args: forward(config, params, args[0], names, attention_mask=args[1]))
+        logits, cache = run(params, jnp.asarray(tokens), jnp.asarray(mask))
+        return {name: np.asarray(value) for name, value in {**cache, "logits": logits}.items()}
+
+    # The gradients that `compare` takes watch nothing.
+    assert not failures(compare(model, config, params, tokens, mask))
+    ours = unwatched(params)
+    wanted = huggingface.activations(model, tokens, mask)
+    wanted = {name: value for name, value in wanted.items() if name in ours}
+    assert not failures(compare_sites(wanted, ours, SMALL_BAR, mask))
+    assert failures(compare_sites(wanted, unwatched(shift_layers(params)), SMALL_BAR, mask))
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
