@@ -78,8 +78,9 @@ class TransformerLensLoop:
         self.bridge = peers.bridge(model)
         self.corrupted = torch.from_numpy(corrupted)
         with torch.inference_mode():
-            names = lambda name: name.endswith("hook_resid_pre")  # noqa: E731
-            _, self.clean = self.bridge.run_with_cache(torch.from_numpy(clean), names_filter=names)
+            _, self.clean = self.bridge.run_with_cache(
+                torch.from_numpy(clean), names_filter=lambda name: name.endswith("hook_resid_pre")
+            )
 
     def __call__(self, layer: int, position: int) -> float:
         name = f"blocks.{layer}.hook_resid_pre"

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma3_jax.config import Gemma3Config
-from gemma3_jax.layers import matmul
+from gemma3_jax.products import matmul
 from gemma3_jax.sites import site
 from gemma3_jax.stacking import layer_params
 

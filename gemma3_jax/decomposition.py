@@ -25,7 +25,8 @@ from gemma3_jax.components import (
     result_name,
     z_name,
 )
-from gemma3_jax.layers import RMSNorm, matmul
+from gemma3_jax.layers import RMSNorm
+from gemma3_jax.products import matmul
 from gemma3_jax.sites import get_act_name
 
 # What to capture (`names_filter`) for which methods. They add: RESIDUAL + HEADS.

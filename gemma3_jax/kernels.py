@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma3_jax.layers import matmul
+from gemma3_jax.products import matmul
 
 # Measured on a CPU at the 270m and 1b shapes, in float32 and bfloat16.
 CHUNK = 128  # queries whose scores are computed together: these stay in its cache

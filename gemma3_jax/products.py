@@ -3,7 +3,7 @@
 A product of few rows, as in decoding, costs what reading its weights costs, unless XLA:CPU copies or transposes them
 first. Each function here has the form that was measured to avoid that; `python -m benchmarks` shows what comes of it.
 
-Axes: b batch, p position, d hidden_size, n heads, e head_dim, V vocabulary; m all rows, b * p.
+Axes: b batch, p position, d hidden_size, n heads, e head_dim, V vocabulary. Rows are the b * p vectors of x.
 """
 
 import jax
@@ -41,19 +41,18 @@ def per_head_matmul(pattern: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
 def linear(x: jax.Array, w: jax.Array) -> jax.Array:
     """x [b, p, i] by w [i, o]: [b, p, o]."""
-    # [m, i] x [i, o] -> [m, o]
-    return _unflat(matmul("mi,io->mo", _rows(x), w), x)
+    return matmul("bpi,io->bpo", _not_alone(x), w)[:, : x.shape[1]]
 
 
 def heads_in(x: jax.Array, w: jax.Array) -> jax.Array:
     """x [b, p, d] by w [n, d, e]: [b, p, n, e]."""
-    rows = _rows(x)
-    if rows.shape[0] > FEW_ROWS:
-        # [m, d] x [n, d, e] -> [m, n, e]
-        return _unflat(matmul("md,nde->mne", rows, w), x)
-    each = jnp.broadcast_to(rows, (w.shape[0], *rows.shape))
-    # [n, m, d] x [n, d, e] -> [n, m, e] -> [m, n, e]
-    return _unflat(matmul("nmd,nde->nme", each, w).swapaxes(0, 1), x)
+    if x.shape[0] * x.shape[1] > FEW_ROWS:
+        return matmul("bpd,nde->bpne", x, w)
+    rows = _not_alone(x)
+    # [n, b, p, d] x [n, d, e] -> [n, b, p, e]
+    out = matmul("nbpd,nde->nbpe", jnp.broadcast_to(rows, (w.shape[0], *rows.shape)), w)
+    # [b, p, n, e]
+    return jnp.moveaxis(out, 0, 2)[:, : x.shape[1]]
 
 
 def heads_out(z: jax.Array, w: jax.Array) -> jax.Array:
@@ -65,24 +64,17 @@ def heads_out(z: jax.Array, w: jax.Array) -> jax.Array:
 
 def unembed(x: jax.Array, embedding: jax.Array) -> jax.Array:
     """x [b, p, d] by the embedding [V, d]: logits [b, p, V] float32."""
-    rows = _rows(x)
-    if rows.shape[0] <= ROWS_BEHIND and x.dtype == jnp.float32:
-        # [V, d] x [m, d] -> [V, m] -> [m, V]; the barrier keeps XLA from turning the product around again
-        return _unflat(jax.lax.optimization_barrier(matmul("vd,md->vm", embedding, rows)).T, x)
-    # [m, d] x [V, d] -> [m, V]
-    return _unflat(matmul("md,vd->mv", rows, embedding, jnp.float32), x)
+    if x.shape[0] * x.shape[1] <= ROWS_BEHIND and x.dtype == jnp.float32:
+        # [V, d] x [b, p, d] -> [V, b, p] -> [b, p, V]; the barrier keeps XLA from turning the product around again
+        return jnp.moveaxis(jax.lax.optimization_barrier(matmul("vd,bpd->vbp", embedding, x)), 0, 2)
+    # [b, p, d] x [V, d] -> [b, p, V]
+    return matmul("bpd,vd->bpv", _not_alone(x), embedding, jnp.float32)[:, : x.shape[1]]
 
 
-def _rows(x: jax.Array) -> jax.Array:
-    """x [b, p, i] as [m, i]; where that is one row of less than float32, with a second one of zeros.
+def _not_alone(x: jax.Array) -> jax.Array:
+    """x [b, p, i]; where that is one row of less than float32, with a second one of zeros behind it, [1, 2, i].
 
     XLA:CPU has no fast product of a single narrow row: with two rows it is four to six times as fast.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    return jnp.pad(rows, ((0, 1), (0, 0))) if rows.shape[0] == 1 and x.dtype.itemsize < 4 else rows
-
-
-def _unflat(out: jax.Array, x: jax.Array) -> jax.Array:
-    """out [m, ...] as [b, p, ...], without a row that `_rows` put there."""
-    b, p = x.shape[:2]
-    return out[: b * p].reshape(b, p, *out.shape[1:])
+    alone = x.shape[0] * x.shape[1] == 1 and x.dtype.itemsize < 4
+    return jnp.pad(x, ((0, 0), (0, 1), (0, 0))) if alone else x

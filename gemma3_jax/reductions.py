@@ -29,8 +29,8 @@ import jax
 import jax.numpy as jnp
 
 from gemma3_jax.hooks import Hook, as_pytree
-from gemma3_jax.layers import matmul
 from gemma3_jax.positions import Shape, at_positions
+from gemma3_jax.products import matmul
 from gemma3_jax.restrictions import as_index, check_range
 from gemma3_jax.sites import Match, site
 

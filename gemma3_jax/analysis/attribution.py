@@ -21,7 +21,7 @@ from gemma3_jax.forward import captured_names, checked_logits_at, forward
 from gemma3_jax.gradients import Metric, grad_at
 from gemma3_jax.hooked import HookedGemma3
 from gemma3_jax.hooks import as_pytree
-from gemma3_jax.layers import matmul
+from gemma3_jax.products import matmul
 from gemma3_jax.sites import get_act_name, resolve, site
 from gemma3_jax.text import Input
 

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from gemma3_jax.analysis.factored import FactoredMatrix
 from gemma3_jax.config import Gemma3Config
-from gemma3_jax.layers import matmul, rope_tables, rotate
+from gemma3_jax.layers import rope_tables, rotate
+from gemma3_jax.products import matmul
 from gemma3_jax.stacking import layer_params
 
 Mode = Literal["Q", "K", "V"]

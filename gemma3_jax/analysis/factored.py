@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma3_jax.layers import matmul
+from gemma3_jax.products import matmul
 
 
 @flax.struct.dataclass

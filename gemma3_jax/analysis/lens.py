@@ -4,7 +4,7 @@ Axes: L sites (usually one a layer), b batch, p position, d hidden_size, V vocab
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import flax.struct
@@ -186,18 +186,36 @@ def read_rows(
     """The arrays of `LogitLens` for rows [r, d] of the residual stream and targets [r], `chunk_size` rows at a time."""
 
     @jax.checkpoint  # the gradient would keep the logits of every row
-    def read(row_and_target):
-        row, target = row_and_target
-        # [d] -> [V]
-        logits = readout(config, params, row[None, None])[0, 0]
+    def read(chunk):
+        rows, targets = chunk
+        # [c, d] -> [c, V]
+        logits = readout(config, params, rows[None])[0]
         best, ids = jax.lax.top_k(logits, k)
-        normalizer = jax.nn.logsumexp(logits)
-        if target is None:
-            return ids, best, best - normalizer, None, None
-        rank = jnp.sum(logits > logits[target], dtype=jnp.int32)
-        return ids, best, best - normalizer, logits[target] - normalizer, rank
+        normalizer = jax.nn.logsumexp(logits, axis=-1)
+        if targets is None:
+            return ids, best, best - normalizer[:, None], None, None
+        target = jnp.take_along_axis(logits, targets[:, None], axis=-1)
+        rank = jnp.sum(logits > target, axis=-1, dtype=jnp.int32)
+        return ids, best, best - normalizer[:, None], target[:, 0] - normalizer, rank
 
-    return jax.lax.map(read, (rows, targets), batch_size=chunk_size)
+    return in_chunks(read, (rows, targets), chunk_size)
+
+
+def in_chunks(function: Callable[[Any], Any], arrays: Any, chunk_size: int) -> Any:
+    """What `function` makes of arrays [r, ...], so many rows at a time; the last chunk is filled up with zeros.
+
+    In place of `vmap`, which would show the products of the head one row at a time.
+    """
+    count = jax.tree.leaves(arrays)[0].shape[0]
+    c = min(chunk_size, count)
+
+    def chunked(x: jax.Array) -> jax.Array:
+        # [r, ...] -> [chunks, c, ...]
+        return jnp.pad(x, [(0, -count % c)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, c, *x.shape[1:])
+
+    # [chunks, c, ...] -> [r, ...]
+    found = jax.lax.map(function, jax.tree.map(chunked, arrays))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], found)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sites", "k", "chunk_size"))

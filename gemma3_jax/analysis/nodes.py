@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from gemma3_jax.cache import ActivationCache
 from gemma3_jax.config import Gemma3Config
-from gemma3_jax.layers import RMSNorm, matmul
+from gemma3_jax.layers import RMSNorm
+from gemma3_jax.products import matmul
 from gemma3_jax.stacking import layer_params
 
 Kind = Literal["embed", "head", "mlp", "q", "k", "v", "logits"]

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gemma3_jax.analysis.lens import read_rows, readout
+from gemma3_jax.analysis.lens import in_chunks, read_rows, readout
 from gemma3_jax.forward import forward
 from gemma3_jax.hooked import HookedGemma3
 from gemma3_jax.text import Input
@@ -162,15 +162,14 @@ def _losses(config, params, tokens, attention_mask, *, chunk_size):
     residual, _ = forward(config, params, tokens, attention_mask=attention_mask, stop_at_layer=config.num_hidden_layers)
 
     @jax.checkpoint  # the gradient would keep the logits of every position
-    def at_position(values):
-        row, targets = values
-        # [b, d] -> [1, b, V], [b]
-        logits = readout(config, params, row[None])
-        return optax.softmax_cross_entropy_with_integer_labels(logits[0], targets)
+    def at_positions(chunk):
+        rows, targets = chunk
+        # [c, b, d] -> [c, b, V] -> [c, b]
+        return optax.softmax_cross_entropy_with_integer_labels(readout(config, params, rows), targets)
 
     # [b, p - 1, d], [b, p - 1] -> [p - 1, b]
     by_position = jnp.swapaxes(residual[:, :-1], 0, 1), tokens[:, 1:].T
-    losses = jax.lax.map(at_position, by_position, batch_size=chunk_size).T
+    losses = in_chunks(at_positions, by_position, chunk_size).T
     if attention_mask is None:
         return losses
     real = attention_mask.astype(bool)

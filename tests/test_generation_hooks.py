@@ -1,0 +1,223 @@
+"""Hooks while a text is written: captures and edits are those of one forward over the whole text."""
+
+import re
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from lively_model import at_real_tokens
+from small_model import difference, direction, nudge
+from written import BAR, CONFIG, LENGTHS, MASK, NEW, PARAMS, TOKENS, P, full, write
+
+from gemma3_jax import HookedGemma3, edits, forward
+
+# Captures
+
+
+def test_every_site_is_captured_as_in_a_forward():
+    """All sites at once, aligned with the tokens: P + N - 1 columns of queries and of keys."""
+    found = write(capture="**")
+    _, theirs = full("**")
+    assert list(found.cache) == list(theirs)
+    real = np.asarray(found.attention_mask)[:, :-1].astype(bool)
+    for name, value in found.cache.items():
+        expected = at_real_tokens(name, theirs[name], real)
+        assert value.shape == expected.shape, name
+        assert difference(at_real_tokens(name, value, real), expected) < BAR, name
+    # control: a column further is another value
+    name = "blocks.2.hook_out"
+    assert difference(found.cache[name][:, :-1], theirs[name][:, 1:-1]) > 0.1
+
+
+@pytest.mark.parametrize("name", ["lm_head.output", "blocks.0.hook_q_input"])
+def test_a_site_is_captured_alone(name):
+    """What a capture needs is computed for it, and not because others are captured too."""
+    found = write(capture=name)
+    real = np.asarray(found.attention_mask)[:, :-1].astype(bool)
+    (canonical,) = found.cache
+    theirs = full("**")[1]
+    ours = at_real_tokens(canonical, found.cache[name], real)
+    assert difference(ours, at_real_tokens(canonical, theirs[canonical], real)) < BAR
+
+
+# Edits
+
+
+def greedy_by_forward(placed, new):
+    """Tokens from full forwards, without a cache; one shape, as keys to the right are not seen."""
+    # [b, p + new], padded on the right with what no token sees
+    tokens = jnp.asarray(np.pad(TOKENS, ((0, 0), (0, new)), constant_values=3))
+    mask = jnp.asarray(np.pad(MASK, ((0, 0), (0, new)), constant_values=1))
+
+    @jax.jit
+    def step(tokens, n):
+        # What is not written yet is padding, so that no edit sees it.
+        real = mask * (jnp.arange(P + new) < n)
+        logits = forward(CONFIG, PARAMS, tokens, (), placed, attention_mask=real)[0]
+        return tokens.at[:, n].set(jnp.argmax(logits[:, n - 1], axis=-1))
+
+    for n in range(P, P + new):
+        tokens = step(tokens, n)
+    return np.asarray(tokens)
+
+
+STEER = edits.Add(0.6 * direction())
+ROWS = edits.Add(0.6 * direction(), scale=np.asarray([0.0, 1.0, -2.0], np.float32)[:, None, None])
+# Several in each, as each is compiled three times.
+EDITS = {
+    "residual stream, by position": {
+        "blocks.0.hook_resid_post": ROWS,
+        "blocks.1.hook_resid_post": [edits.only(STEER, positions=[2, 4, 13, 16]), edits.ProjectOut(direction(1))],
+        "blocks.2.hook_out": edits.only(STEER, positions=[[1, 15], [2, 6], [3, 10]]),
+        "hook_embed": edits.Scale(2.0),
+    },
+    "heads, neurons and rows": {
+        "blocks.*.attn.hook_z": edits.only(edits.Replace(0.0), heads=[0, 3, 7]),
+        "blocks.*.attn.hook_result": edits.only(edits.Scale(2.0), heads=[2]),
+        "blocks.*.mlp.hook_post": edits.only(edits.Scale(3.0), features=[1, 5, 60]),
+        "blocks.*.mlp.hook_out": edits.only(edits.Scale(-1.0), rows=[0, 2]),
+    },
+    "queries, keys and values": {
+        "blocks.*.attn.hook_rot_k": nudge,
+        "blocks.0.attn.hook_k": edits.Scale(-1.0),
+        "blocks.*.attn.hook_v": edits.only(edits.Scale(-1.5), heads=1),
+        "blocks.*.attn.q_norm.hook_out": edits.Scale(2.0),
+    },
+    "hook_attn_in": {"blocks.*.hook_attn_in": edits.only(edits.Add(direction()), heads=[1, 2, 6])},
+    "inputs of q, k and v": {f"blocks.1.hook_{x}_input": edits.only(edits.Scale(-1.0), heads=1) for x in "qkv"},
+    "scores and patterns": {
+        "blocks.*.attn.hook_attn_scores": edits.only(edits.Scale(3.0), heads=[0, 4]),
+        "blocks.*.attn.hook_pattern": edits.only(edits.Scale(-2.0), heads=[0, 5]),
+    },
+    "patterns, by key": {
+        "blocks.*.attn.hook_pattern": edits.only(edits.Replace(0.0), keys=[2, 4, 13, 14], positions=range(5, 20)),
+    },
+    "logits": {
+        "unembed.hook_out": [
+            edits.only(edits.Add(0.3), features=[7, 8, 9]),
+            edits.only(edits.Scale(-1.0), positions=[3, 4, 11, 14]),
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize("placed", EDITS.values(), ids=EDITS.keys())
+def test_an_edit_writes_what_it_writes_in_forwards(placed):
+    """The same tokens as greedily from full forwards with the same edit; and others than without it."""
+    found = write(12, edits=placed)
+    np.testing.assert_array_equal(np.asarray(found.tokens)[MASK_12], greedy_by_forward(placed, 12)[MASK_12])
+    assert (found.tokens != write(12).tokens).any()
+
+
+MASK_12 = np.pad(MASK, ((0, 0), (0, 12)), constant_values=1).astype(bool)
+
+
+@flax.struct.dataclass
+class Watch:
+    """Tells the host what an edit sees."""
+
+    seen: list = flax.struct.field(pytree_node=False)
+
+    def __call__(self, value, hook):
+        jax.debug.callback(lambda at: self.seen.append((hook.phase, hook.layer, np.asarray(at))), hook.positions)
+        return value
+
+    def __hash__(self):
+        return id(self)
+
+
+def test_what_an_edit_is_told():
+    """The phase, and absolute positions: those of the prompt once, then one of each token, counted over real tokens."""
+    watch = Watch([])
+    write(5, edits={"blocks.1.hook_out": watch})
+    jax.effects_barrier()
+    seen = sorted(watch.seen, key=lambda entry: (entry[0] == "generation", entry[2].max()))
+    phases, layers, positions = zip(*seen, strict=True)
+    assert phases == ("prompt",) + 4 * ("generation",)
+    assert set(layers) == {1}
+    lengths = np.asarray(LENGTHS)[:, None]
+    np.testing.assert_array_equal(positions[0], np.maximum(np.arange(P) - (P - lengths), 0))
+    for n, at in enumerate(positions[1:]):
+        np.testing.assert_array_equal(at, lengths + n)
+
+
+def test_an_edit_limited_to_a_phase():
+    """In the captures: the prompt's columns are touched, or those behind it, and not the others."""
+    site = "blocks.1.hook_out"
+    plain, real = np.asarray(write(capture=site).cache[site]), MASK.astype(bool)
+    for phase in ("prompt", "generation"):
+        edit = edits.only(edits.Replace(0.0), phase=phase)
+        value = np.asarray(write(capture=site, edits={site: edit}).cache[site])
+        touched = (value == 0).all(axis=(0, 2))
+        np.testing.assert_array_equal(touched, (np.arange(P + NEW - 1) < P) == (phase == "prompt"))
+        if phase == "generation":
+            assert difference(value[:, :P][real], plain[:, :P][real]) < BAR
+
+
+OTHER = edits.FromCache({"blocks.1.hook_out": jax.random.normal(jax.random.key(0), (3, P, CONFIG.hidden_size))})
+SOME = edits.only(STEER, positions=MASK.astype(bool) & (np.arange(P) % 3 == 1))
+WHOLE = {
+    "blocks.0.attn.hook_in": SOME,
+    "blocks.0.hook_out": edits.only(STEER, positions=[1, -1]),
+    "blocks.1.attn.hook_out": edits.Mean(),
+    "blocks.1.hook_out": OTHER,
+    "blocks.2.attn.hook_pattern": edits.only(edits.Scale(2.0), keys=MASK.astype(bool) & (np.arange(P) % 3 == 1)),
+}
+
+
+def test_what_needs_a_whole_text_works_on_the_prompt():
+    """Booleans, places from the end, `Mean` and `FromCache`, kept to the prompt, do what they do in a forward."""
+    kept = {name: edits.only(edit, phase="prompt") for name, edit in WHOLE.items()}
+    found = write(4, edits=kept, capture=list(WHOLE), return_logits=True)
+    run = jax.jit(lambda placed: forward(CONFIG, PARAMS, TOKENS, list(WHOLE), placed, MASK))
+    logits, cache = run(WHOLE)
+    plain = run({})[1]
+    for name in WHOLE:
+        ours, theirs, unedited = (at_real_tokens(name, x[name], MASK) for x in (found.cache, cache, plain))
+        assert difference(ours, theirs) < BAR, name
+        assert difference(ours, unedited) > 0.01, name  # control
+    assert difference(found.logits[:, 0], logits[:, -1]) < BAR
+    tokens = HookedGemma3(CONFIG, PARAMS).generate(
+        TOKENS, 4, attention_mask=MASK, fwd_hooks=list(kept.items()), names_filter=list(WHOLE), stop_at_eos=False
+    )[0]
+    np.testing.assert_array_equal(tokens, found.tokens)
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "says"),
+    [
+        *zip(WHOLE, WHOLE.values(), ["booleans", "counted from the end", "Mean", "FromCache", "keys"], strict=True),
+        ("blocks.1.hook_out", edits.only(OTHER, phase="generation"), "FromCache"),
+        ("blocks.1.hook_out", edits.only(edits.only(SOME, heads=None), rows=1), "booleans"),
+    ],
+)
+def test_what_needs_a_whole_text_is_refused_where_tokens_come_one_by_one(name, edit, says):
+    """One error that names the site, the edit and the remedy; however the edit is wrapped."""
+    for call in (
+        lambda: write(4, edits={name: edit}),
+        lambda: HookedGemma3(CONFIG, PARAMS).generate(TOKENS, 4, attention_mask=MASK, fwd_hooks=[(name, edit)]),
+    ):
+        with pytest.raises(ValueError, match=re.escape('edits.only(edit, phase="prompt")')) as refused:
+            call()
+        assert name in str(refused.value)
+        assert says in str(refused.value)
+
+
+def test_an_edit_of_ones_own_that_fits_the_prompt_alone_is_told_so():
+    """It cannot be known before a new token comes; the error then names the site and the remedy too."""
+    placed = {"blocks.1.hook_out": edits.Scale(np.ones((P, 1), np.float32))}
+    with pytest.raises(ValueError, match=r"blocks\.1\.hook_out returned .*edits\.only\(edit, phase=\"prompt\"\)"):
+        write(4, edits=placed)
+
+
+def test_an_edit_with_values_for_the_places_of_a_prompt_refuses_that_its_rows_are_moved():
+    """Rows padded on the right are moved to end together, and booleans and a cache would be off by the padding."""
+    right = (np.arange(P) < np.asarray(LENGTHS)[:, None]).astype(np.int32)
+    for edit in (SOME, OTHER):
+        kept = {"blocks.1.hook_out": edits.only(edit, phase="prompt")}
+        with pytest.raises(ValueError, match=r"blocks\.1\.hook_out.*pad them on the left"):
+            write(4, edits=kept, attention_mask=right)
+        with pytest.raises(ValueError, match="pad them on the left"):
+            HookedGemma3(CONFIG, PARAMS).generate(TOKENS, 4, attention_mask=right, fwd_hooks=list(kept.items()))
