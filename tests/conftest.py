@@ -19,6 +19,13 @@ import pytest
 jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Forget a file's compiled programs: Linux gives a process 65,530 maps of memory, and XLA dies of one too many."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Call `gemma3-jax` in this process; returns what `subprocess.run` does."""
