@@ -44,7 +44,7 @@ def main(
     found: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
         "size": settings.size,
-        "machine": machine() | {"peers": [name for name in ("transformer_lens", "nnsight") if peers.installed(name)]},
+        "machine": machine() | {"peers": [name for name in peers.OPTIONAL if peers.installed(name)]},
         "limits": limits.measure(quick),
         "benchmarks": {},
         "notes": {},

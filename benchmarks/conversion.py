@@ -1,19 +1,38 @@
-"""From a checkpoint's file to parameters in memory, against `from_pretrained`; and from what was converted before."""
+"""From a checkpoint's file to parameters in memory, against `from_pretrained`; and from what was converted before.
+
+Each measurement is the first call in a process of its own, as a user makes it: what a process sets up once counts.
+"""
 
 import os
+import statistics
+import subprocess
+import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import jax
-import numpy as np
 import transformers
 
 from benchmarks import peers
 from benchmarks.rows import Figure, Row, Settings, ratio
-from conversion import convert_checkpoint, load_params, save_params
+from conversion import convert_checkpoint, save_params
+
+# Each reads every page of what it loaded: a file that is only mapped into memory has not been read.
+_TOUCH = """
+def touch(arrays):
+    for array in arrays:
+        array.view(np.uint8).reshape(-1)[::4096].sum()
+"""
+_PORT = "params = jax.block_until_ready({call}(source)[1]); touch(np.asarray(leaf) for leaf in jax.tree.leaves(params))"
+_CALLS = {
+    "port": ("import jax; from conversion import convert_checkpoint", _PORT.format(call="convert_checkpoint")),
+    "HF from_pretrained": (
+        "import torch, transformers; transformers.logging.disable_progress_bar(); transformers.Gemma3ForCausalLM",
+        "model = transformers.Gemma3ForCausalLM.from_pretrained(source, dtype='auto')\n"
+        "touch(leaf.detach().view(torch.uint8).numpy() for leaf in model.parameters())",
+    ),
+    "port, restored by Orbax": ("import jax; from conversion import load_params", _PORT.format(call="load_params")),
+}
 
 
 def rows(settings: Settings) -> Iterator[Row]:
@@ -24,55 +43,37 @@ def rows(settings: Settings) -> Iterator[Row]:
             checkpoint, converted = Path(scratch, "checkpoint"), Path(scratch, "converted")
             peers.hf_model(settings.config, dtype).save_pretrained(checkpoint)
             save_params(*convert_checkpoint(checkpoint), converted)
-            for cold in (False, True) if hasattr(os, "posix_fadvise") else (False,):
-                yield _row(checkpoint, converted, dtype, cold, settings.rounds)
+            caches = ("warm",) if settings.quick or not hasattr(os, "posix_fadvise") else ("warm", "cold")
+            for cache in caches:
+                yield _row(checkpoint, converted, dtype, cache, settings.rounds)
 
 
-def _row(checkpoint: Path, converted: Path, dtype: str, cold: bool, rounds: int) -> Row:
-    def before() -> None:
-        if cold:
-            _forget(checkpoint.parent)
-
-    runs = {
-        "port": lambda: _touched(convert_checkpoint(checkpoint)[1]),
-        "HF from_pretrained": lambda: _from_pretrained(checkpoint, dtype),
-        "port, restored by Orbax": lambda: _touched(load_params(converted)[1]),
-    }
-    seconds = _interleaved(runs, rounds, before)
-    restored = seconds["port"] / seconds["port, restored by Orbax"]
-    figures = ratio(seconds, 1.0), Figure("converting / restoring", restored, 1.0)
-    return Row(f"{'cold' if cold else 'warm'} page cache", dtype, seconds, figures)
+def _row(checkpoint: Path, converted: Path, dtype: str, cache: str, rounds: int) -> Row:
+    seconds: dict[str, list[float]] = {name: [] for name in _CALLS}
+    for _ in range(rounds):
+        for name in _CALLS:
+            source = converted if name.endswith("Orbax") else checkpoint
+            for file in filter(Path.is_file, source.rglob("*")):
+                _forget(file) if cache == "cold" else file.read_bytes()
+            seconds[name].append(_first_call(name, source))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    restored = Figure("converting / restoring", medians["port"] / medians["port, restored by Orbax"], 1.0)
+    return Row(f"{cache} page cache", dtype, medians, (ratio(medians, 1.0), restored))
 
 
-def _interleaved(runs: dict[str, Callable[[], Any]], rounds: int, before: Callable[[], None]) -> dict[str, float]:
-    """As `timing.interleaved`, with something to do before each run that is not timed."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            before()
-            start = time.perf_counter()
-            run()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: float(np.median(values)) for name, values in seconds.items()}
+def _first_call(name: str, source: Path) -> float:
+    """Seconds of one call in a new process, its imports left out."""
+    imports, call = _CALLS[name]
+    lines = "import sys, time\nimport numpy as np", _TOUCH, imports, "source = sys.argv[1]"
+    script = "\n".join([*lines, "start = time.perf_counter()", call, "print(time.perf_counter() - start)"])
+    done = subprocess.run([sys.executable, "-c", script, source], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name} failed in a process of its own:\n{done.stderr}")
+    return float(done.stdout.split()[-1])
 
 
-def _touched(params: Any) -> None:
-    """Every page of the parameters is read, as a file that is only mapped into memory has not been read."""
-    for leaf in jax.tree.leaves(jax.block_until_ready(params)):
-        np.asarray(leaf).view(np.uint8).reshape(-1)[::4096].sum()
-
-
-def _from_pretrained(checkpoint: Path, dtype: str) -> None:
-    model = transformers.Gemma3ForCausalLM.from_pretrained(checkpoint, dtype=dtype)
-    for leaf in model.parameters():
-        leaf.detach().reshape(-1)[:: 4096 // leaf.element_size()].sum()
-
-
-def _forget(directory: Path) -> None:
-    """Drop the files of a directory from the page cache."""
-    for file in directory.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+def _forget(file: Path) -> None:
+    """Drop a file from the page cache."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

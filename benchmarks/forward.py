@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import peers
+from benchmarks import deepmind, peers
 from benchmarks.rows import Row, Settings, forward_flops, ratio
 from benchmarks.timing import interleaved
 from gemma3_jax import Gemma3Config, forward
@@ -34,11 +34,11 @@ def rows(settings: Settings) -> Iterator[Row]:
             model, params, torch_ids, ids = peers.pair(config, dtype, (b, p))
             tokens, at = jnp.asarray(ids), None if everywhere else jnp.int32(-1)
             options = {} if everywhere else {"logits_to_keep": 1}
-            seconds = interleaved(
-                {"port": functools.partial(logits_of, config, params, tokens, at)}
-                | peers.forward_peers(model, torch_ids, compiled=not settings.quick, **options),
-                settings.rounds,
-            )
+            runs = {"port": functools.partial(logits_of, config, params, tokens, at)}
+            runs |= peers.forward_peers(model, torch_ids, compiled=not settings.quick, **options)
+            if peers.installed("gemma"):
+                runs["DeepMind gemma"] = deepmind.forward_peer(config, params, tokens, dtype, last=not everywhere)
+            seconds = interleaved(runs, settings.rounds)
             where = "all logits" if everywhere else "last logits"
             # Torch's bfloat16 has no goal where its products are slower than float32's.
             goal = 1.0 if dtype == "float32" or jax.default_backend() != "cpu" else None

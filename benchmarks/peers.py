@@ -1,4 +1,4 @@
-"""What users would pick instead: Hugging Face, plain and with hooks; TransformerLens and nnsight where installed."""
+"""What users would pick instead: Hugging Face, plain and with hooks; others where installed (`benchmarks/peers.sh`)."""
 
 import contextlib
 import functools
@@ -15,6 +15,7 @@ import transformers
 from conversion import convert_state_dict
 from gemma3_jax import Gemma3Config
 
+OPTIONAL = ("transformer_lens", "nnsight", "gemma")
 ATTENTION = {"HF eager": "eager", "HF SDPA": "sdpa"}
 
 

@@ -104,6 +104,7 @@ def narrow(layers: int) -> Gemma3Config:
         hidden_size=64,
         intermediate_size=128,
         head_dim=16,
+        query_pre_attn_scalar=16,
         sliding_window=32,
     )
 
