@@ -18,7 +18,7 @@ from gemma3_jax.config import Gemma3Config
 from gemma3_jax.stacking import unstack_layers
 
 _PARAMS = "params"
-# Uncompressed chunks of this size are read in less than half of the time of what Orbax does by default (a fifth smaller).
+# Chunks of this size, uncompressed, are read in less than half of the time of the defaults, which take a fifth less.
 _CHUNK_BYTES = 2**25
 
 
