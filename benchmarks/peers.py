@@ -117,14 +117,13 @@ def bridge(model: Any) -> Any:
 
 def nnsight_residuals(model: Any, tokens: torch.Tensor) -> Callable[[], Any]:
     """nnsight, saving what every layer returns."""
-    from nnsight import NNsight
+    import nnsight
 
-    traced = NNsight(model)
+    traced = nnsight.NNsight(model)
 
     def run() -> Any:
-        kept = []
         with torch.inference_mode(), traced.trace(tokens, use_cache=False):
-            kept = [layer.output.save() for layer in traced.model.layers]
+            kept = nnsight.save([layer.output for layer in traced.model.layers])
         return np.float32(kept[-1][0].ravel()[0].item())
 
     return run
