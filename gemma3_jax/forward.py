@@ -1,5 +1,6 @@
 """The pure entry: params and tokens in, logits and captured activations out."""
 
+import operator
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -15,7 +16,7 @@ from gemma3_jax.config import Gemma3Config
 from gemma3_jax.edits import check, in_layout
 from gemma3_jax.hooks import CAPTURES, Edit, Phase, Placed, as_pytree, captured, interceptor
 from gemma3_jax.model import Gemma3, one_input
-from gemma3_jax.positions import Shape, default_positions
+from gemma3_jax.positions import Shape, at_positions, default_positions
 from gemma3_jax.reductions import Reduction, Steps, as_steps
 from gemma3_jax.sites import Match, layer_of, select, site_names
 from gemma3_jax.stacking import check_layout, is_stacked
@@ -101,6 +102,9 @@ def forward(
     source = jnp.asarray(one_input(tokens, inputs_embeds))
     attention_mask, positions = (None if x is None else jnp.asarray(x) for x in (attention_mask, positions))
     _check(config, source, attention_mask, positions)
+    if not isinstance(start_at_layer, jax.core.Tracer | None):
+        start_at_layer = operator.index(start_at_layer)
+    stop_at_layer = None if stop_at_layer is None else operator.index(stop_at_layer)
     _check_extent(config, source, start_at_layer, stop_at_layer, logits_at, return_type)
     # Positions that are given may be any: what is asked for can only be looked for among them.
     extent = source.shape[:2] if positions is None else (source.shape[0], None)
@@ -120,7 +124,8 @@ def forward(
     model = Gemma3(config, watched=watched, edited=edited, scan_layers=is_stacked(params))
     # The interceptor is entered here, inside the function that gets traced: see `gemma3_jax.hooks`.
     told = {"attention_mask": attention_mask, "phase": phase} | ({} if past is None else _keys_of(past[0], source))
-    with nn.intercept_methods(interceptor(kept, placed, positions, **told)):
+    unembedded = None if logits_at is None else _chosen(logits_at, positions, attention_mask)
+    with nn.intercept_methods(interceptor(kept, placed, positions, unembedded, **told)):
         out, variables = model.apply(
             {"params": params},
             source,
@@ -146,6 +151,14 @@ def _keys_of(past: Past, source: jax.Array) -> dict[str, jax.Array]:
     columns = jnp.arange(past.capacity)[None]
     real = (columns >= past.start[:, None]) & (columns < past.length + source.shape[1])
     return {"key_positions": jnp.maximum(columns - past.start[:, None], 0), "key_mask": real.astype(jnp.int32)}
+
+
+def _chosen(logits_at: jax.Array, positions: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Positions and mask, each [b, n], of the rows that the unembedding has: those that `logits_at` asks for."""
+    # [b, n, p]
+    chosen = at_positions(logits_at, positions, mask)
+    found = jnp.take_along_axis(positions, jnp.argmax(chosen, axis=-1), axis=1)
+    return found, jnp.any(chosen, axis=-1).astype(jnp.int32)
 
 
 def next_token_loss(logits: jax.Array, tokens: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:

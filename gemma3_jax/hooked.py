@@ -37,8 +37,9 @@ class HookedGemma3(Writing, Streaming, Weights):
     """A Gemma 3 with its parameters and tokenizer. Holds no hooks: every call says what it captures and edits.
 
     Inputs are text, a list of texts (padded on the right, with the mask that belongs to it), or token ids [p] or
-    [b, p]. Each set of captures, hook sites and input shape compiles once; other values compile nothing. The model is
-    a pytree of its parameters: pass it to a function of your own under `jit`, `grad` or `vmap` like an array.
+    [b, p]. Each set of captures, hook sites and input shape compiles once, and so do `return_type`, `stop_at_layer`,
+    `pos_slice` and a mask's presence; other values compile nothing. The model is a pytree of its parameters: pass it to
+    a function of your own under `jit`, `grad` or `vmap` like an array.
 
     Args:
         config: shape of the model.

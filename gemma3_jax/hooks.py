@@ -61,7 +61,8 @@ class Hook:
     Attributes:
         name: canonical site name, such as "blocks.5.hook_out" (static).
         layer: block index, or None outside the blocks (static).
-        positions: [b, p] int32, the absolute position of every token.
+        positions: [b, p] int32, the absolute position of every token; at the unembedding with `logits_at` [b, n], of
+            those tokens, and so is the mask.
         attention_mask: [b, p], 1 at real tokens; None where all are.
         key_positions: [b, k] int32, those of the keys where they are not the same tokens, as behind a cache; or None.
         key_mask: [b, k], 1 at real keys; with `key_positions`.
@@ -162,6 +163,7 @@ def interceptor(
     capture: Mapping[str, Callable[[jax.Array, Hook], Any] | None],
     edits: Mapping[str, Sequence[Edit]],
     positions: jax.Array,
+    unembedded: tuple[jax.Array, jax.Array] | None = None,
     **told: Any,
 ) -> Callable[..., Any]:
     """Build the interceptor that edits, then captures, the sites that are named; all other calls pass through.
@@ -171,13 +173,17 @@ def interceptor(
             for the whole; it goes to the collection `CAPTURES`.
         edits: for each canonical name the edits to apply, in order.
         positions: [b, p] int32, handed to the edits.
+        unembedded: positions and mask, each [b, n], of the tokens whose logits are computed, where these are not all.
         **told: what else a `Hook` tells them.
     """
 
     scans: list[tuple[Repeated, jax.Array]] = []  # the body that is being traced, with its step
 
     def told_at(name: str) -> Hook:
-        return Hook(name, layer_of(name), positions, **told)
+        hook = Hook(name, layer_of(name), positions, **told)
+        if unembedded is None or not name.startswith("unembed."):
+            return hook
+        return hook.replace(positions=unembedded[0], attention_mask=unembedded[1])  # type: ignore[attr-defined]
 
     def edited(name: str, value: Any) -> Any:
         return apply_edits(edits.get(name, ()), value, told_at(name))

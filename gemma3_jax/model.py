@@ -5,6 +5,7 @@ Axes: b batch, p position, d hidden_size, f intermediate_size, h query heads, g 
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -154,8 +155,7 @@ class Gemma3(nn.Module):
         kinds = sorted(set(c.layer_types))
         tables = {kind: rope_tables(c.rope(kind), positions, c.head_dim) for kind in kinds}
         masks = {kind: visible(c, kind, length, attention_mask) for kind in kinds}
-        if isinstance(start_at_layer, int):
-            start_at_layer = slice(start_at_layer, None).indices(c.num_hidden_layers)[0]
+        start_at_layer = layer_from_front(start_at_layer, c.num_hidden_layers)
         block_of = functools.partial(Block, c)
         stacked = 0
         if self.scan_layers:
@@ -174,6 +174,16 @@ class Gemma3(nn.Module):
         logits = unembed(x, embed.weight) if c.tie_word_embeddings else unembed(x)
         cap = c.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def layer_from_front(layer: int | jax.Array | None, layers: int) -> int | jax.Array | None:
+    """A layer counted from the front; an `int` where it is known, whatever integer it was given as."""
+    if layer is None:
+        return None
+    if isinstance(layer, jax.core.Tracer):
+        return jnp.where(layer < 0, layer + layers, layer)
+    known = operator.index(layer)
+    return known + layers if known < 0 else known
 
 
 def one_input(tokens: jax.Array | None, inputs_embeds: jax.Array | None) -> jax.Array:

@@ -173,24 +173,27 @@ def as_steps(given: Reduction | Sequence[Reduction] | None, match: Match, shape:
     if given is None or isinstance(given, Steps):
         return given
     steps = tuple(given) if isinstance(given, Sequence) else (given,)
+    if sum(isinstance(step, At | Mean) for step in steps) > 1:
+        raise ValueError(f"the reductions at {match.name} choose positions twice; give one At or Mean")
     for step in steps:
         if not callable(step):
             raise TypeError(
                 f"the reduction at {match.name} is {step!r}; it must be a callable, function(value, hook) -> arrays, "
                 "several in a list, or None to keep the value"
             )
-        if isinstance(step, At):
-            _check_positions(step.positions, match.name, shape)
-    return Steps(tuple(map(as_pytree, steps)), match.layout) if steps else None
+    placed = (_placed(step, match.name, shape) if isinstance(step, At) else as_pytree(step) for step in steps)
+    return Steps(tuple(placed), match.layout) if steps else None
 
 
-def _check_positions(positions: Any, name: str, shape: Shape) -> None:
+def _placed(step: At, name: str, shape: Shape) -> At:
+    """With its positions as an array that fits the input."""
     b, p = shape
-    index = as_index("positions", positions, booleans=False)
+    index = as_index("positions", step.positions, booleans=False)
     if index.ndim > 2 or (index.ndim == 2 and index.shape[0] != b):
         raise ValueError(f"positions have shape {index.shape}; at {name} they take [], [n] or [{b}, n]")
     if p is not None:
         check_range("positions", index, p, name)
+    return step.replace(positions=index)  # type: ignore[attr-defined] # flax adds it
 
 
 def _call(step: Reduction, value: Any, hook: Hook) -> Any:

@@ -190,6 +190,10 @@ def _tokens(wanted: Any, hook: Hook, letter: str) -> jax.Array:
     if letter == "k" and hook.key_positions is not None:
         positions, mask = hook.key_positions, hook.key_mask
     if wanted.dtype == bool:
+        if wanted.shape != positions.shape:
+            raise ValueError(
+                f"booleans have shape {wanted.shape}; {hook.name} has {positions.shape} tokens in this run"
+            )
         return wanted if mask is None else wanted & mask.astype(bool)
     return jnp.any(at_positions(wanted, positions, mask), axis=1)
 

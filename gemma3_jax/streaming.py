@@ -36,8 +36,9 @@ class Streaming(Text):
         the host copies and the caller works. It holds the activations of two batches at most, and runs no further than
         the last kept site needs. Nothing is left to be cleaned up: leave the loop, or interrupt it, at any time.
 
-        Each number of positions compiles once. A batch with fewer rows than one before it, such as the last of a data
-        set, is filled up with masked copies of its last row, which are cut off its results.
+        Each number of positions compiles once, and again where a batch has more rows than all before it. One with
+        fewer, such as the last of a data set, is filled up with masked copies of its last row, which are cut off its
+        results.
 
         Args:
             batches: of each a text, texts, token ids [p] or [b, p], or a mapping with `input_ids` and, where there is
@@ -63,6 +64,8 @@ class Streaming(Text):
         """
         if isinstance(batches, str | Mapping):
             raise TypeError("this is one batch; give an iterable of batches")
+        if not (isinstance(names_filter, str | Mapping) or callable(names_filter)):
+            names_filter = tuple(names_filter)  # an iterator could be read once only
         if not placed_captures(self.config, names_filter, (1, None)):
             raise ValueError(f"names_filter {names_filter!r} keeps nothing; name a site at least")
         return _overlapped(self._started(batches, names_filter))
@@ -91,13 +94,20 @@ class Streaming(Text):
     def _rows(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and mask, each [b, p]. On the host: what the device sends back waits for the batch that it runs."""
         given = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+        if "input_ids" not in given:
+            raise ValueError(f"the batch has {', '.join(map(str, given))}; it must have input_ids")
         ids, mask = given["input_ids"], given.get("attention_mask")
         if is_text(ids):
             ids, mask = self._padded(ids, prepend_bos=True, padding_side="right")
-        tokens = np.atleast_2d(np.asarray(ids))
+        try:
+            tokens = np.atleast_2d(np.asarray(ids))
+        except ValueError as error:
+            raise ValueError("rows have different lengths; pad them, and give input_ids with attention_mask") from error
         mask = np.ones(tokens.shape, np.int32) if mask is None else np.atleast_2d(np.asarray(mask, np.int32))
-        if tokens.ndim != 2 or mask.shape != tokens.shape:
-            raise ValueError(f"ids have shape {tokens.shape} and attention_mask {mask.shape}; both must be [b, p]")
+        if tokens.ndim != 2 or mask.shape != tokens.shape or not tokens.size:
+            raise ValueError(
+                f"ids have shape {tokens.shape} and attention_mask {mask.shape}; both must be [b, p], with a token"
+            )
         return tokens, mask
 
     def _check_rows(self, kept: Mapping[str, Steps | None], p: int) -> None:
@@ -126,13 +136,18 @@ class Streaming(Text):
 
 def _overlapped(started: Iterator[tuple[ActivationCache, int]]) -> Iterator[ActivationCache]:
     """Each in host memory, cut to its own rows; the next is started before one is waited for."""
-    following = next(started, None)
+    following, failed = next(started, None), None
     while following is not None:
         cache, rows = following
         for leaf in jax.tree.leaves(cache):
             leaf.copy_to_host_async()
-        following = next(started, None)
+        try:
+            following = next(started, None)
+        except Exception as error:  # once what came before it has been handed over
+            following, failed = None, error
         host = cache.numpy()
         del cache  # while the caller works, the device holds the batch that it runs, and no other
         yield jax.tree.map(lambda value, rows=rows: value[:rows], host).with_params(host.params)
         del host
+    if failed is not None:
+        raise failed

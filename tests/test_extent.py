@@ -38,6 +38,9 @@ def test_a_traced_start_compiles_once():
     assert not same(edited, plain()[0])
     for layer, name in enumerate(names):
         assert_same(run_from(STREAM[name], jnp.int32(layer)), edited if layer == 0 else plain()[0], 1e-6)
+    # -2 is the first of two layers.
+    assert_same(run_from(STREAM[names[0]], jnp.int32(-2)), edited, 1e-6)
+    assert_same(run_from(STREAM[names[1]], jnp.int32(-1)), plain()[0], 1e-6)
     assert run_from._cache_size() == 1
 
 
@@ -51,6 +54,21 @@ def test_gradients_through_a_traced_start():
     traced = jax.jit(jax.grad(loss))(STREAM["blocks.1.hook_in"], jnp.int32(1))
     fixed = jax.jit(jax.grad(loss), static_argnums=1)(STREAM["blocks.1.hook_in"], 1)
     assert_same(traced, fixed, 1e-5)
+
+
+@pytest.mark.parametrize("integer", [int, np.int64, jnp.int32])
+def test_any_known_integer_is_a_layer(integer):
+    """NumPy's and JAX's integers count from either end as Python's do, and captures know which blocks run."""
+    config, params = small()
+    names = ["blocks.1.hook_out"]
+    logits, cache = forward(
+        config, params, None, names, inputs_embeds=STREAM["blocks.1.hook_in"], start_at_layer=integer(-1)
+    )
+    assert_same(logits, plain()[0], 1e-6)
+    assert_same(cache[names[0]], LAST, 1e-6)
+    assert_same(run(stop_at_layer=integer(-1))[0], STREAM["blocks.1.hook_in"], 1e-6)
+    with pytest.raises(ValueError, match="traced"):
+        jax.jit(lambda at: forward(config, params, None, names, inputs_embeds=LAST, start_at_layer=at)[0])(integer(1))
 
 
 @pytest.mark.parametrize("at", [-1, 3, [0, 8], [-1, 2], [[0, -2], [3, 4]]], ids=str)
@@ -118,7 +136,8 @@ def test_scaled_scores_spoil_nothing_under_padding():
         ({"start_at_layer": 3, "inputs_embeds": LAST}, "start_at_layer is 3"),
         ({"start_at_layer": 1, "inputs_embeds": LAST, "capture": "blocks.0.hook_out"}, "never runs"),
         ({"start_at_layer": 1, "inputs_embeds": LAST, "edits": {"embed.hook_out": identity}}, "never runs"),
-        ({"start_at_layer": jnp.int32(1), "inputs_embeds": LAST, "capture": "blocks.1.hook_out"}, "traced"),
+        ({"start_at_layer": np.int64(3), "inputs_embeds": LAST}, "start_at_layer is 3"),
+        ({"stop_at_layer": np.int64(-3)}, "stop_at_layer is -3"),
         ({"logits_at": 9}, "9 positions"),
         ({"logits_at": [-10]}, "9 positions"),
         ({"logits_at": 1.0}, "integers"),

@@ -112,13 +112,32 @@ def test_each_keeps_what_numpy_does():
     np.testing.assert_array_equal(one(At([2, 7]), "embed.hook_in"), [[TOKENS[0, 5], -1], [TOKENS[1, 2], TOKENS[1, 7]]])
 
 
+@pytest.mark.parametrize("at", [[4, 3, 2, 1, 0, 8, 7, 6, 5], [2, 5], -1])
+def test_the_unembedding_has_the_positions_of_its_logits(at):
+    """With `logits_at`, what speaks of positions speaks of the tokens whose logits there are, in their order."""
+    logits = plain()[0]
+    last = max(np.atleast_1d(at) % P)
+    assert_same(kept({"unembed.hook_out": At(-1)}, logits_at=at)["unembed.hook_out"][:, 0], logits[:, last], 1e-6)
+    mean = kept({"unembed.hook_out": Mean()}, logits_at=at)["unembed.hook_out"]
+    assert_same(mean, np.mean(logits[:, np.atleast_1d(at)], axis=1), 1e-5)
+    edit = edits.only(edits.Replace(0.0), positions=-1)
+    zero = run(edits={"unembed.hook_out": edit}, logits_at=at)[0]
+    np.testing.assert_array_equal(np.all(zero == 0, axis=-1), [np.atleast_1d(at) % P == last] * B)
+
+
+def test_positions_are_any_sequence():
+    """A range is one, as it is for `edits.only`."""
+    for name, value in kept({RESID: At(range(0, 6, 2))}).items():
+        assert_same(value, plain()[1][name][:, 0:6:2], 1e-6)
+
+
 def test_several_run_in_order():
     """A list is a chain: positions, then directions, then the largest; and order matters."""
     x = np.asarray(plain()[1]["blocks.0.hook_out"])
     chain = [At([-1]), Project(matrix()), TopK(1), lambda top, hook: top.values]
     assert_same(kept({"blocks.0.hook_out": chain})["blocks.0.hook_out"], (x[:, -1:] @ matrix()).max(-1, keepdims=True))
     with pytest.raises(ValueError, match=r"positions are\s+chosen once") as error:
-        kept({"blocks.0.hook_out": [Mean(), At(-1)]})
+        kept({"blocks.0.hook_out": [lambda value, hook: value[:, 1:], At(-1)]})
     assert "At at blocks.0.hook_out" in error.value.__notes__[0]
 
 
@@ -304,6 +323,7 @@ def test_numpy_and_files(tmp_path):
         ({RESID: At(0.5)}, ValueError, "positions is 0.5; it takes an integer"),
         ({RESID: Project(matrix(size=10))}, ValueError, r"matrix has shape \(10, 3\); it must be \[48, n\]"),
         ({RESID: TopK(49)}, ValueError, "k is 49; the last axis has 48 features"),
+        ({RESID: [At(range(P)), Mean()]}, ValueError, "blocks.0.hook_out choose positions twice"),
     ],
 )
 def test_what_cannot_be_meant_is_an_error(capture, error, said):

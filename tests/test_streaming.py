@@ -125,6 +125,29 @@ def test_leaving_and_interrupting(monkeypatch):
     assert same(cache["resid_post", 1], model.run_with_cache(ROWS[:4], RESID)[1]["resid_post", 1])
 
 
+def test_names_may_come_from_an_iterator():
+    """Which can be read once, and must serve every batch."""
+    model = HookedGemma3(*small())
+    found = list(model.activations(batches(), (name for name in ["blocks.1.hook_out"])))
+    assert [list(cache) for cache in found] == [["blocks.1.hook_out"]] * 3
+
+
+@pytest.mark.parametrize("failing", ["batch", "source"])
+def test_what_came_before_an_error_is_handed_over(failing):
+    """All of it, the batch that had been started too."""
+
+    def source():
+        yield from batches()[:2]
+        if failing == "source":
+            raise OSError("the disk is gone")
+        yield ROWS[:4] + 1000
+
+    found, caches = [], HookedGemma3(*small()).activations(source(), RESID)
+    with pytest.raises(OSError if failing == "source" else ValueError, match=r"gone|outside the vocabulary"):
+        found.extend(caches)
+    assert len(found) == 2
+
+
 def test_errors():
     """Wrong names at once, wrong batches with their number, and functions that mix rows before anything runs."""
     model = HookedGemma3(*small())
@@ -137,6 +160,9 @@ def test_errors():
     with pytest.raises(ValueError, match="outside the vocabulary") as error:
         list(model.activations([ROWS, ROWS + 1000], RESID))
     assert "in batch 1" in error.value.__notes__[-1]
+    for wrong, said in (([[3, 4], [5]], "different lengths"), (ROWS[:0], "with a token"), ({"ids": ROWS}, "input_ids")):
+        with pytest.raises(ValueError, match=said):
+            list(model.activations([ROWS, wrong], RESID))
     for mixed in (lambda value, hook: value.mean((0, 1)), lambda value, hook: value.reshape(-1, 48)):
         with pytest.raises(ValueError, match="must have the rows on their first axis"):
             list(model.activations([ROWS], {RESID: mixed}))
