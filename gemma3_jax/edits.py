@@ -8,6 +8,7 @@ own, to layers, positions, heads, batch rows, features or keys, all of them data
 Axes: b batch, p position, k key position, h query heads, g key/value heads, d and e features.
 """
 
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -240,11 +241,23 @@ def check(edit: Any, names: Sequence[str], config: Gemma3Config, shape: Shape, n
         check_range("row", row, shape[0], names[0])
 
 
-def speaks_of_places(edit: Any) -> bool:
-    """Whether a ready-made edit has values for the places of an array, so that the array must stay as it was given."""
+def speaks_of_places(edit: Any, axes: Sequence[str]) -> bool:
+    """Whether a ready-made edit of a value with these axes has values for its places, which must then stay as given."""
     if isinstance(edit, Only):
-        return has_booleans(edit) or speaks_of_places(edit.edit)
-    return isinstance(edit, FromCache)
+        return has_booleans(edit) or speaks_of_places(edit.edit, axes)
+    if isinstance(edit, InLayout):
+        theirs = edit.layout.split(" -> ")[1].removeprefix("... ")
+        return speaks_of_places(edit.edit, re.findall(r"\([^)]*\)|\S+", theirs))
+    if not isinstance(edit, Add | Scale | Replace | ProjectOut | Clamp | Noise):
+        return isinstance(edit, FromCache | FromRow)
+    # Values broadcast from the right; the key of noise is no value.
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(edit.scale if isinstance(edit, Noise) else edit)]
+    # zip stops at the shorter: values have fewer axes than the site, or as many.
+    return any(
+        size > 1 and axis in ("p", "k")
+        for shape in shapes
+        for axis, size in zip(reversed(axes), reversed(shape), strict=False)
+    )
 
 
 def _wide(x: Any) -> jax.Array:

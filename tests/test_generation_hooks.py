@@ -221,3 +221,22 @@ def test_an_edit_with_values_for_the_places_of_a_prompt_refuses_that_its_rows_ar
             write(4, edits=kept, attention_mask=right)
         with pytest.raises(ValueError, match="pad them on the left"):
             HookedGemma3(CONFIG, PARAMS).generate(TOKENS, 4, attention_mask=right, fwd_hooks=list(kept.items()))
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        ("blocks.1.hook_out", edits.FromRow(np.asarray([1, 2, 0]))),
+        ("blocks.1.hook_out", edits.Scale(np.ones((P, 1), np.float32))),
+        ("blocks.1.hook_out", edits.Add(np.ones((3, P, CONFIG.hidden_size), np.float32))),
+        ("blocks.1.hook_out", edits.Replace(0.0, where=np.ones((3, P, 1), bool))),
+        ("blocks.2.attn.hook_pattern", edits.Scale(np.ones(P, np.float32))),
+    ],
+    ids=["a row", "a scale for each place", "values", "where", "a scale for each key"],
+)
+def test_values_for_each_place_are_places_too(name, edit):
+    """They would reach other tokens of moved rows than in a forward; one value for all places reaches the same."""
+    right = (np.arange(P) < np.asarray(LENGTHS)[:, None]).astype(np.int32)
+    with pytest.raises(ValueError, match=f"{re.escape(name)}.*pad them on the left"):
+        write(2, edits={name: edits.only(edit, phase="prompt")}, attention_mask=right)
+    write(2, edits={name: edits.Scale(np.asarray([2.0], np.float32))}, attention_mask=right)  # control

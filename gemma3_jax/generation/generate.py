@@ -254,7 +254,8 @@ def _check_places(edits: Mapping[str, Sequence[Any]], attention_mask: Any, align
     if attention_mask is None or np.array_equal(np.atleast_2d(attention_mask).astype(bool), aligned):
         return
     for name, several in edits.items():
-        if any(speaks_of_places(each.edit if isinstance(each, Placed) else each) for each in several):
+        axes = site(name).axes.split()
+        if any(speaks_of_places(each.edit if isinstance(each, Placed) else each, axes) for each in several):
             raise ValueError(
                 f"an edit at {name} has values for the places of the prompt, whose rows are moved to end together; pad "
                 'them on the left, as `to_tokens(texts, padding_side="left")` does'

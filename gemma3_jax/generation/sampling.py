@@ -73,6 +73,8 @@ def row_keys(seed: Any, batch: int) -> jax.Array:
     seeds = np.asarray(seed)
     if not np.issubdtype(seeds.dtype, np.integer) or seeds.shape not in ((), (batch,)):
         raise ValueError(f"seed is {seed!r}; it takes an integer, or one for each of {batch} rows")
+    if seeds.min() < -(2**31) or seeds.max() >= 2**32:
+        raise ValueError(f"seed is {seed!r}; it must fit 32 bits: from {-(2**31)} to {2**32 - 1}")
     if seeds.ndim:
         return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(int(seeds)), jnp.arange(batch))
@@ -120,7 +122,9 @@ def keep_likely(logits: jax.Array, how: Sampling) -> jax.Array:
             # What the likelier tokens have together; a sum that is rounded to 1 leaves no token out of all.
             before = jnp.cumsum(probabilities, axis=-1) - probabilities
             kept &= (before < how.top_p[:, None]) | (how.top_p[:, None] == 1)
-        last = jnp.take_along_axis(ranked, jnp.sum(kept, axis=-1, keepdims=True) - 1, axis=-1)
+        # The likeliest stays, also where top_p is so small that it is flushed to 0.
+        rank = jnp.maximum(jnp.sum(kept, axis=-1, keepdims=True) - 1, 0)
+        last = jnp.take_along_axis(ranked, rank, axis=-1)
         logits = jnp.where(logits >= last, logits, -jnp.inf)
     if how.min_p is not None:
         top = jnp.max(logits, axis=-1, keepdims=True)

@@ -170,6 +170,11 @@ class Writing(Text):
             ids = self._ids(stop, prepend_bos=False)
             if getattr(self._need_tokenizer(), "unk_token_id", None) in ids:
                 raise ValueError(f"the stop string {stop!r} has what the tokenizer cannot write, so it never comes")
+            if set(getattr(self._need_tokenizer(), "all_special_ids", ())) & set(ids):
+                raise ValueError(
+                    f"the stop string {stop!r} has a special token, and texts are searched without these; give the "
+                    "token's id as eos_token_id"
+                )
         return stops
 
     def _prompt(self, input: Prompt, attention_mask: Any) -> tuple[np.ndarray, Any]:
