@@ -16,12 +16,11 @@ import transformers
 from benchmarks import peers
 from benchmarks.rows import Figure, Row, Settings, added
 from benchmarks.timing import interleaved
-from gemma3_jax import Gemma3Config, edits
+from gemma3_jax import edits
 from gemma3_jax.generation.generate import generate
 from gemma3_jax.generation.kv_cache import cache_bytes
 
 RESIDUALS = "blocks.*.hook_resid_post"
-READ = 2**29  # bytes of the matrix whose product with a vector measures the memory's bandwidth in the same turns
 
 
 def rows(settings: Settings) -> Iterator[Row]:
@@ -29,15 +28,16 @@ def rows(settings: Settings) -> Iterator[Row]:
     n, p = (5, 8) if settings.quick else (33, 16)
     for dtype in settings.dtypes:
         for b in (1, 8):
-            yield measure(settings.config, dtype, b, p, n, settings.rounds, compiled=not settings.quick)
+            yield measure(settings, dtype, b, p, n)
             jax.clear_caches()
 
 
-def measure(config: Gemma3Config, dtype: str, b: int, p: int, n: int, rounds: int, compiled: bool) -> Row:
+def measure(settings: Settings, dtype: str, b: int, p: int, n: int) -> Row:
     """Writing n tokens behind a prompt of p, the same for all, by the calls that users write, prompt included.
 
-    `compiled` adds Hugging Face with a static cache and a compiled forward pass.
+    Hugging Face too with a static cache and a compiled forward pass, unless only to see that everything runs.
     """
+    config = settings.config
     hf, params, torch_ids, ids = peers.pair(config, dtype, (b, p))
     layer = config.num_hidden_layers // 2
     vector = np.random.default_rng(1).standard_normal(config.hidden_size).astype(np.float32)
@@ -53,10 +53,7 @@ def measure(config: Gemma3Config, dtype: str, b: int, p: int, n: int, rounds: in
 
         return run
 
-    matrix, ones = jnp.ones((2**14, READ // 2**16)), jnp.ones(READ // 2**16)
-    product = jax.jit(jnp.matmul)
     runs = {
-        "memory": lambda: product(matrix, ones),
         "port": port(),
         "port, steered": port(edits=steer),
         "port, residuals kept": port(capture=RESIDUALS),
@@ -64,10 +61,9 @@ def measure(config: Gemma3Config, dtype: str, b: int, p: int, n: int, rounds: in
         "HF, steered": hooked(lambda: peers.steered(hf, layer, vector)),
         "HF, residuals kept": hooked(lambda: residuals_kept(hf, config.num_hidden_layers)),
     }
-    if compiled:
+    if not settings.quick:
         runs["HF static, compiled"] = lambda: written(hf, torch_ids, n, **static_and_compiled())
-    seconds = interleaved(runs, rounds)
-    bandwidth = READ / seconds.pop("memory")
+    seconds = interleaved(runs, settings.rounds)
     # Each token reads every weight once, and the keys and values that its layers hold (at most these).
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     work = n * (weights + cache_bytes(config, b, p + n, dtype)["total"])
@@ -75,7 +71,7 @@ def measure(config: Gemma3Config, dtype: str, b: int, p: int, n: int, rounds: in
     figures = (
         Figure("tokens per second", b * n / seconds["port"]),
         Figure("best peer / port", best / seconds["port"], 1.5 if b == 1 else None),
-        Figure("share of the bandwidth", work / seconds["port"] / bandwidth, 0.7, percent=True),
+        Figure("share of the bandwidth", work / seconds["port"] / settings.bandwidth, 0.7, percent=True),
         added("a steering edit adds", seconds["port, steered"], seconds["port"], 0.03),
         added("keeping residuals adds", seconds["port, residuals kept"], seconds["port"]),
     )

@@ -1,6 +1,7 @@
 """What a benchmark reports, and what it is asked to do."""
 
 import dataclasses
+import math
 from typing import Any
 
 from gemma3_jax import Gemma3Config
@@ -14,11 +15,13 @@ class Settings:
         size: a published size, or "quick": a model of three narrow layers and short inputs, which shows that all runs.
         dtypes: of the parameters.
         rounds: interleaved turns of each measurement.
+        bandwidth: bytes that this machine reads a second, as the run measured it.
     """
 
     size: str
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     rounds: int = 5
+    bandwidth: float = math.inf
 
     @property
     def quick(self) -> bool:
