@@ -8,7 +8,6 @@ own, to layers, positions, heads, batch rows, features or keys, all of them data
 Axes: b batch, p position, k key position, h query heads, g key/value heads, d and e features.
 """
 
-import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -246,8 +245,7 @@ def speaks_of_places(edit: Any, axes: Sequence[str]) -> bool:
     if isinstance(edit, Only):
         return has_booleans(edit) or speaks_of_places(edit.edit, axes)
     if isinstance(edit, InLayout):
-        theirs = edit.layout.split(" -> ")[1].removeprefix("... ")
-        return speaks_of_places(edit.edit, re.findall(r"\([^)]*\)|\S+", theirs))
+        return speaks_of_places(edit.edit, edit.axes(axes))
     if not isinstance(edit, Add | Scale | Replace | ProjectOut | Clamp | Noise):
         return isinstance(edit, FromCache | FromRow)
     # Values broadcast from the right; the key of noise is no value.

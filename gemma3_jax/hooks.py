@@ -12,6 +12,7 @@ that is set around an already jitted function is ignored, silently.
 """
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -108,6 +109,11 @@ class InLayout:
         axes = ours.removeprefix("... ").split()
         sizes = dict(zip(axes, value.shape[-len(axes) :], strict=True))
         return einops.rearrange(edited, f"{theirs} -> {ours}", **sizes)
+
+    def axes(self, ours: Sequence[str]) -> list[str]:
+        """The axes that the edit sees of a value with ours; merged ones are one, "(n e)"."""
+        before, after = (side.removeprefix("... ") for side in self.layout.split(" -> "))
+        return [*ours[: -len(before.split())], *re.findall(r"\([^)]*\)|\S+", after)]
 
 
 @flax.struct.dataclass

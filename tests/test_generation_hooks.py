@@ -223,6 +223,9 @@ def test_an_edit_with_values_for_the_places_of_a_prompt_refuses_that_its_rows_ar
             HookedGemma3(CONFIG, PARAMS).generate(TOKENS, 4, attention_mask=right, fwd_hooks=list(kept.items()))
 
 
+ATTENTION = "model.layers.1.self_attn"
+
+
 @pytest.mark.parametrize(
     ("name", "edit"),
     [
@@ -230,13 +233,17 @@ def test_an_edit_with_values_for_the_places_of_a_prompt_refuses_that_its_rows_ar
         ("blocks.1.hook_out", edits.Scale(np.ones((P, 1), np.float32))),
         ("blocks.1.hook_out", edits.Add(np.ones((3, P, CONFIG.hidden_size), np.float32))),
         ("blocks.1.hook_out", edits.Replace(0.0, where=np.ones((3, P, 1), bool))),
+        ("blocks.1.hook_out", edits.Noise(jax.random.key(0), np.ones((P, 1), np.float32))),
         ("blocks.2.attn.hook_pattern", edits.Scale(np.ones(P, np.float32))),
+        ("blocks.*.hook_resid_post", edits.Scale(np.ones((P, 1), np.float32))),
+        (f"{ATTENTION}.o_proj.input", edits.Scale(np.ones((P, 1), np.float32))),
+        (f"{ATTENTION}.q_norm.output", edits.Scale(np.ones((P, 1), np.float32))),
     ],
-    ids=["a row", "a scale for each place", "values", "where", "a scale for each key"],
+    ids=["row", "scale", "values", "where", "noise", "keys", "glob", "heads flattened", "heads first"],
 )
 def test_values_for_each_place_are_places_too(name, edit):
     """They would reach other tokens of moved rows than in a forward; one value for all places reaches the same."""
     right = (np.arange(P) < np.asarray(LENGTHS)[:, None]).astype(np.int32)
-    with pytest.raises(ValueError, match=f"{re.escape(name)}.*pad them on the left"):
+    with pytest.raises(ValueError, match=r"blocks\.\d.*pad them on the left"):
         write(2, edits={name: edits.only(edit, phase="prompt")}, attention_mask=right)
     write(2, edits={name: edits.Scale(np.asarray([2.0], np.float32))}, attention_mask=right)  # control

@@ -124,6 +124,14 @@ def test_a_top_p_of_one_keeps_every_token():
     np.testing.assert_array_equal(kept, logits)
 
 
+def test_a_top_p_that_is_flushed_to_zero_keeps_the_likeliest():
+    """And that alone, as any top_p below its probability does."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(1, 50)) * 3, jnp.float32)
+    for top_p in (1e-38, 1e-30):
+        kept = np.isfinite(keep_likely(logits, sampling(1, 1.0, top_p=top_p)))
+        np.testing.assert_array_equal(np.flatnonzero(kept), [np.argmax(logits)])
+
+
 def test_each_row_has_its_own_parameters():
     """Greedy beside drawn rows, and a filter of one token for one row alone."""
     how = sampling(4, temperature=[0.0, 1.0, 1.0, 5.0], top_k=[20, 1, 20, 20])
@@ -198,6 +206,14 @@ def test_seeds_are_integers(seed):
     """One, or one for each row."""
     with pytest.raises(ValueError, match="seed is"):
         row_keys(seed, 2)
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**40, 2**63, -(2**31) - 1, [0, 2**40]])
+def test_seeds_have_32_bits(seed):
+    """More would be cut, and 2**40 draw what 0 draws; the ends of the range are seeds."""
+    with pytest.raises(ValueError, match="32 bits"):
+        row_keys(seed, 2)
+    assert row_keys([-(2**31), 2**32 - 1], 2).shape == (2,)  # control
 
 
 def test_seeds_of_any_sign():

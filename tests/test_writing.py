@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from small_model import difference
 from written import BAR, CONFIG, MASK, PARAMS, TOKENS, P, tiny, write
 
@@ -182,6 +183,16 @@ def test_bad_prompts_and_strings_are_named(arguments, says):
         return
     with pytest.raises(ValueError, match=re.escape(says)):
         tiny().generate(**{"input": TEXT, **arguments})
+
+
+def test_stop_strings_of_special_tokens_are_refused():
+    """Texts are searched without these, so that they would never come; also those that a tokenizer only adds."""
+    model = HookedGemma3.from_pretrained(TINY, dtype="float32")
+    model.tokenizer.add_tokens([tokenizers.AddedToken("<turn>", special=True)])
+    for stop in ("<eos>", "<turn>", "mu <turn>"):
+        with pytest.raises(ValueError, match=re.escape(f"the stop string {stop!r} has a special token")):
+            model.generate(TEXT, 4, stop_strings=stop)
+    assert model.generate(TEXT, 4, stop_strings="mu").startswith(TEXT)  # control
 
 
 def test_any_integer_counts_tokens():

@@ -19,7 +19,7 @@ from gemma3_jax.forward import Capture, Edits, captured_names, placed_edits
 from gemma3_jax.generation.decoding import Decoding, Task, go_on, read
 from gemma3_jax.generation.memory import in_memory
 from gemma3_jax.generation.sampling import row_keys, sampling
-from gemma3_jax.hooks import Placed, as_pytree
+from gemma3_jax.hooks import as_pytree
 from gemma3_jax.sites import site
 from gemma3_jax.stacking import unstack_layers
 
@@ -78,7 +78,8 @@ def generate(
     tokens come one by one, must be kept to the prompt by `edits.only(edit, phase="prompt")`: `edits.Mean`,
     `edits.FromCache`, positions or keys that are booleans or count from the end, and arrays with a value for each
     position. `edits.Noise` draws the same numbers at every new token. An edit sees rows that end together: where the
-    prompts are padded on the right, they are moved.
+    prompts are padded on the right, they are moved. Ready-made edits with values for their places are refused then;
+    an edit of your own with such values must be given prompts that are padded on the left.
 
     A token's step under a scan would copy the weights of every layer, so that stacked parameters are unstacked first.
 
@@ -96,7 +97,7 @@ def generate(
         top_p: draw from the likeliest tokens that have this probability together.
         min_p: draw from tokens with this share of the likeliest one's probability at least.
         repetition_penalty: divide (multiply, if negative) the logits of tokens in the text by this.
-        seed: an integer, or one for each row: a row's draws do not depend on the other rows then.
+        seed: an integer of 32 bits, or one for each row: a row's draws do not depend on the other rows then.
         stop_at_eos: end a row at a stop token.
         eos_token_id: the stop tokens; default: the config's.
         capture: sites to keep, as in `forward`.
@@ -184,11 +185,11 @@ def begin(
             f"{p} tokens of the prompt and {new} new ones are more than the "
             f"{config.max_position_embeddings} positions that the model has"
         )
-    edits = _as_pytrees(edits or {})
-    _check_places(edits, attention_mask, np.arange(p) >= start[:, None])
+    placed = placed_edits(config, _as_pytrees(edits or {}), (b, p), new=new)
+    _check_places(placed, attention_mask, np.arange(p) >= start[:, None])
     task = Task(
         unstack_layers(config, params),
-        placed_edits(config, edits, (b, p), new=new),
+        placed,
         sampling(b, **how),
         row_keys(seed, b),
         _stop_tokens(config, stop_at_eos, eos_token_id),
@@ -196,7 +197,7 @@ def begin(
         config,
         captured_names(config, capture),
     )
-    extra = 0 if edits else _bucket(p) - p
+    extra = 0 if placed else _bucket(p) - p
     padded = jnp.asarray(np.pad(rows, ((0, 0), (extra, 0)), constant_values=config.pad_token_id or 0), jnp.int32)
     begun = in_memory(
         read, task, padded, jnp.asarray(start + extra, jnp.int32), new=_bucket(new), keep_logits=return_logits
@@ -255,7 +256,7 @@ def _check_places(edits: Mapping[str, Sequence[Any]], attention_mask: Any, align
         return
     for name, several in edits.items():
         axes = site(name).axes.split()
-        if any(speaks_of_places(each.edit if isinstance(each, Placed) else each, axes) for each in several):
+        if any(speaks_of_places(each.edit, axes) for each in several):
             raise ValueError(
                 f"an edit at {name} has values for the places of the prompt, whose rows are moved to end together; pad "
                 'them on the left, as `to_tokens(texts, padding_side="left")` does'

@@ -47,7 +47,7 @@ class Writing(Text):
                 of these, which go through the checkpoint's chat template; or ids [p] or [b, p]. Each has one BOS.
             max_new_tokens: how many to write at most, any integer from 1.
             stop_strings: end a row behind the first token with which one of these is written. Looked for every 16
-                tokens, on the host.
+                tokens, on the host, in text without special tokens: those are for `eos_token_id`.
             return_type: "text" or "tokens"; by default what the input is.
             names_filter: sites to keep, over prompt and continuation.
             fwd_hooks: (name, edit) pairs, as in `run_with_hooks`; they act on the prompt and on every new token.
@@ -170,7 +170,7 @@ class Writing(Text):
             ids = self._ids(stop, prepend_bos=False)
             if getattr(self._need_tokenizer(), "unk_token_id", None) in ids:
                 raise ValueError(f"the stop string {stop!r} has what the tokenizer cannot write, so it never comes")
-            if set(getattr(self._need_tokenizer(), "all_special_ids", ())) & set(ids):
+            if self._need_tokenizer().decode(ids, skip_special_tokens=False) != self._spelled(ids):
                 raise ValueError(
                     f"the stop string {stop!r} has a special token, and texts are searched without these; give the "
                     "token's id as eos_token_id"
