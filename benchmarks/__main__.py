@@ -5,7 +5,6 @@ python -m benchmarks --size 270m --only forward,decode --json benchmarks/results
 python -m benchmarks --page
 """
 
-import dataclasses
 import importlib
 import sys
 from pathlib import Path
@@ -51,7 +50,6 @@ def main(
         "benchmarks": {},
         "notes": {},
     }
-    settings = dataclasses.replace(settings, bandwidth=found["limits"]["bytes read"])
     # In this order always: gemma's imports fail once nnsight has given every object a method.
     for name in filter(asked.__contains__, report.TITLES):
         rows = found["benchmarks"][name] = []

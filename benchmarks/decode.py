@@ -71,11 +71,10 @@ def measure(settings: Settings, dtype: str, b: int, p: int, n: int) -> Row:
     figures = (
         Figure("tokens per second", b * n / seconds["port"]),
         Figure("best peer / port", best / seconds["port"], 1.5 if b == 1 else None),
-        Figure("share of the bandwidth", work / seconds["port"] / settings.bandwidth, 0.7, percent=True),
         added("a steering edit adds", seconds["port, steered"], seconds["port"], 0.03),
         added("keeping residuals adds", seconds["port, residuals kept"], seconds["port"]),
     )
-    return Row(f"batch {b}, {p} tokens and {n} new", dtype, seconds, figures, bytes=work)
+    return Row(f"batch {b}, {p} tokens and {n} new", dtype, seconds, figures, bytes=work, share_goal=0.7)
 
 
 def written(model: Any, ids: torch.Tensor, n: int, **options: Any) -> np.ndarray:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.limits import share
+from benchmarks.rows import Figure
 
 RESULTS = Path(__file__).parent / "results"
 TITLES = {
@@ -57,7 +58,7 @@ def missed(report: dict[str, Any]) -> list[str]:
         f"{name}, {row['case']}, {row['dtype']}: {figure['name']} {_figure(figure)}"
         for name, rows in report["benchmarks"].items()
         for row in rows
-        for figure in row["figures"]
+        for figure in [*row["figures"], *_share(row, report["limits"])]
         if figure["met"] is False
     ]
 
@@ -72,11 +73,16 @@ def _table(rows: list[dict[str, Any]], limits: dict[str, float]) -> list[str]:
     lines = ["| | dtype | seconds | share of the limit | figures |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
         seconds = "<br>".join(f"{name} {value:.3g}" for name, value in row["seconds"].items())
-        reached = share(row, limits)
         figures = "<br>".join(f"{figure['name']} {_figure(figure)}" for figure in row["figures"])
-        limit = "" if reached is None else f"{reached:.0%}"
+        limit = "".join(map(_figure, _share(row, limits)))
         lines.append(f"| {row['case']} | {row['dtype']} | {seconds} | {limit} | {figures} |")
     return lines
+
+
+def _share(row: dict[str, Any], limits: dict[str, float]) -> list[dict[str, Any]]:
+    """The share of the limit as a figure, or none."""
+    reached = share(row, limits)
+    return [] if reached is None else [Figure("share of the limit", reached, row["share_goal"], percent=True).as_dict()]
 
 
 def _figure(figure: dict[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """What a benchmark reports, and what it is asked to do."""
 
 import dataclasses
-import math
 from typing import Any
 
 from gemma3_jax import Gemma3Config
@@ -15,13 +14,11 @@ class Settings:
         size: a published size, or "quick": a model of three narrow layers and short inputs, which shows that all runs.
         dtypes: of the parameters.
         rounds: interleaved turns of each measurement.
-        bandwidth: bytes that this machine reads a second, as the run measured it.
     """
 
     size: str
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     rounds: int = 5
-    bandwidth: float = math.inf
 
     @property
     def quick(self) -> bool:
@@ -59,6 +56,10 @@ class Figure:
             return None
         return self.value >= self.goal if self.at_least else self.value <= self.goal
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, with the verdict."""
+        return dataclasses.asdict(self) | {"met": self.met}
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -71,6 +72,7 @@ class Row:
         figures: what they come to.
         flops: floating-point operations of the port's run; 0 where they are not what bounds it.
         bytes: that the port's run must read from memory at least; 0 likewise.
+        share_goal: for the share of the limit that the port reaches; None where there is none.
     """
 
     case: str
@@ -79,11 +81,11 @@ class Row:
     figures: tuple[Figure, ...] = ()
     flops: float = 0
     bytes: float = 0
+    share_goal: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with the verdict on each figure."""
-        figures = [dataclasses.asdict(figure) | {"met": figure.met} for figure in self.figures]
-        return dataclasses.asdict(self) | {"figures": figures}
+        return dataclasses.asdict(self) | {"figures": [figure.as_dict() for figure in self.figures]}
 
 
 def ratio(seconds: dict[str, float], goal: float | None = None) -> Figure:

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import forward, report
 from benchmarks.limits import share
-from benchmarks.rows import Figure, Settings, forward_flops, narrow
+from benchmarks.rows import Figure, Row, Settings, forward_flops, narrow
 from gemma3_jax import Gemma3
 
 ROOT = Path(__file__).parent.parent
@@ -73,3 +73,11 @@ def test_goals_and_shares():
     row = {"dtype": "float32", "flops": 10.0, "bytes": 1.0, "seconds": {"port": 2.0}}
     assert share(row, {"float32 operations": 10.0, "bytes read": 10.0}) == 0.5
     assert share(row | {"flops": 0, "bytes": 0}, {"bytes read": 1.0}) is None
+
+
+def test_a_share_below_its_goal_is_missed():
+    """The column shows the goal, and the run says that it was missed; at the goal it is met."""
+    row = Row("case", "float32", {"port": 2.0}, bytes=10.0, share_goal=0.7).as_dict()
+    said = "decode, case, float32: share of the limit **50.0 % (goal: at least 70.0 %)**"
+    for limit, missed in ((10.0, [said]), (5.0, [])):
+        assert report.missed({"limits": {"bytes read": limit}, "benchmarks": {"decode": [row]}}) == missed
