@@ -129,7 +129,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     steer: Annotated[Path | None, typer.Option(help="A vector to add: .npy, or .safetensors with one tensor.")] = None,
     site: Annotated[str | None, typer.Option(help="Where to add it, such as blocks.5.hook_resid_post.")] = None,
-    alpha: Annotated[float, typer.Option(help="How much of it to add.")] = 1.0,
+    alpha: Annotated[float | None, typer.Option(help="How much of it to add. Default: 1.")] = None,
     dtype: Dtype = None,
     revision: Revision = None,
 ) -> None:
@@ -138,6 +138,11 @@ def generate(
         raise ValueError("there is no text to continue; give --prompt")
     if (steer is None) != (site is None):
         raise ValueError("--steer and --site belong together: the vector, and where to add it")
+    if steer is None and alpha is not None:
+        raise ValueError("--alpha says how much of a vector to add; give the vector too, as --steer with --site")
+    alpha = 1.0 if alpha is None else alpha
+    if not np.isfinite(alpha):
+        raise ValueError(f"--alpha is {alpha}; it must be a finite number")
     hooks = [] if steer is None or site is None else [(site, gemma3_jax.edits.Add(_vector(steer), alpha))]
     model = gemma3_jax.HookedGemma3.from_pretrained(source, dtype, revision)
     how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
@@ -215,19 +220,26 @@ def _keep_compilations() -> None:
 
 
 def _vector(file: Path) -> Any:
-    """The one array of a file."""
+    """The one array of a file, in float32."""
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
-    if file.suffix == ".npy":
-        return np.load(file, allow_pickle=False)
-    if file.suffix != ".safetensors":
+    if file.suffix not in (".npy", ".safetensors"):
         raise ValueError(f"{file.name} is neither .npy nor .safetensors")
-    from safetensors.numpy import load_file
+    from safetensors.flax import load_file
 
-    tensors = load_file(file)
+    try:
+        tensors = {"": np.load(file, allow_pickle=False)} if file.suffix == ".npy" else load_file(file)
+    except Exception as error:
+        raise ValueError(f"{file.name} cannot be read as {file.suffix} ({error}); write it again") from error
     if len(tensors) != 1:
         raise ValueError(f"{file.name} has {len(tensors)} tensors ({', '.join(tensors)}); a steering vector is one")
-    return next(iter(tensors.values()))
+    [vector] = tensors.values()
+    if not np.issubdtype(vector.dtype, np.number) and vector.dtype != "bfloat16":
+        raise ValueError(f"{file.name} holds {vector.dtype}; a steering vector is of numbers")
+    vector = np.asarray(vector, np.float32)
+    if not vector.size or not np.isfinite(vector).all():
+        raise ValueError(f"{file.name} has shape {vector.shape} and holds NaN, infinity or nothing; it cannot be added")
+    return vector
 
 
 def _parity_module() -> Any:

@@ -10,15 +10,16 @@ Axes: b batch, p position, k key position, h query heads, g key/value heads, d a
 
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gemma3_jax.config import Gemma3Config
-from gemma3_jax.hooks import Edit, Hook, InLayout
+from gemma3_jax.hooks import Edit, Hook, InLayout, Phase
 from gemma3_jax.positions import Shape
 from gemma3_jax.restrictions import Only, as_index, axes_of, check_only, check_range, has_booleans, only
 from gemma3_jax.sites import site
@@ -200,6 +201,23 @@ class Noise:
         return (x + self.scale * noise).astype(value.dtype)
 
 
+# All that these hold are values, but for the key of noise and the place of a replacement.
+_OF_VALUES = Add | Scale | Replace | ProjectOut | Clamp | Noise
+
+
+def with_arrays(edit: Edit) -> Edit:
+    """A ready-made edit with its plain numbers as float32 arrays: `jit` compiles for each kind of number anew."""
+    if isinstance(edit, Only):
+        return edit.replace(edit=with_arrays(edit.edit))  # type: ignore[attr-defined] # flax adds it
+    if not isinstance(edit, _OF_VALUES):
+        return edit
+    return jax.tree.map(lambda leaf: jnp.float32(leaf) if _is_number(leaf) else leaf, edit)
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, int | float | np.integer | np.floating) and not isinstance(leaf, bool)
+
+
 def in_layout(edit: Edit, layout: str) -> Edit:
     """The edit for a site whose value it sees in another layout, `layout` as in `InLayout`.
 
@@ -219,13 +237,15 @@ def check(edit: Any, names: Sequence[str], config: Gemma3Config, shape: Shape, n
         names: canonical names of the sites where it is placed.
         config: of the model.
         shape: (b, p) of the input; p is None where positions were given, which may be any.
-        new: how many tokens will be written behind it, each of which an edit sees alone.
+        new: how many tokens that are written behind it will be run, each of which an edit sees alone.
 
     Raises:
         ValueError: naming the edit or restriction, its value and the site.
     """
+    if not _phases(edit):
+        raise ValueError(f"an edit at {names[0]} is kept to both phases at once, and so never acts")
     if isinstance(edit, Only):
-        new = 0 if edit.phase == "prompt" else new
+        new = new if "generation" in _phases(edit) else 0
         check_only(edit, names, config, shape, new)
         check(edit.edit, names, config, shape, new)
     if new and isinstance(edit, Mean | FromCache):
@@ -240,13 +260,47 @@ def check(edit: Any, names: Sequence[str], config: Gemma3Config, shape: Shape, n
         check_range("row", row, shape[0], names[0])
 
 
+def check_generation(edit: Any, name: str, shortest: int, new: int) -> None:
+    """Refuse an edit that is kept to written tokens, and that none of them sees.
+
+    Args:
+        edit: an edit at the site `name`.
+        name: canonical name.
+        shortest: tokens of the prompt's shortest row.
+        new: how many tokens that are written will be run; the last never is.
+
+    Raises:
+        ValueError: naming the site and what there is.
+    """
+    if _phases(edit) != {"generation"}:
+        return
+    if not new:
+        raise ValueError(
+            f"an edit at {name} is kept to written tokens, and with max_new_tokens=1 none of them is run; ask for more"
+        )
+    while isinstance(edit, Only | InLayout):
+        wanted = edit.positions if isinstance(edit, Only) else None
+        if wanted is not None and as_index("positions", wanted).max() < shortest:
+            raise ValueError(
+                f"the positions of an edit at {name} lie within the prompt, and it is kept to written tokens; positions"
+                f" count from the start of the text: the first written token has {shortest} or more"
+            )
+        edit = edit.edit
+
+
+def _phases(edit: Any) -> set[str]:
+    """The phases in which an edit acts."""
+    inner = _phases(edit.edit) if isinstance(edit, Only | InLayout) else set(get_args(Phase))
+    return inner & {edit.phase} if isinstance(edit, Only) and edit.phase else inner
+
+
 def speaks_of_places(edit: Any, axes: Sequence[str]) -> bool:
     """Whether a ready-made edit of a value with these axes has values for its places, which must then stay as given."""
     if isinstance(edit, Only):
         return has_booleans(edit) or speaks_of_places(edit.edit, axes)
     if isinstance(edit, InLayout):
         return speaks_of_places(edit.edit, edit.axes(axes))
-    if not isinstance(edit, Add | Scale | Replace | ProjectOut | Clamp | Noise):
+    if not isinstance(edit, _OF_VALUES):
         return isinstance(edit, FromCache | FromRow)
     # Values broadcast from the right; the key of noise is no value.
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(edit.scale if isinstance(edit, Noise) else edit)]

@@ -13,7 +13,7 @@ import optax
 from gemma3_jax.attention import Past
 from gemma3_jax.cache import ActivationCache
 from gemma3_jax.config import Gemma3Config
-from gemma3_jax.edits import check, in_layout
+from gemma3_jax.edits import check, in_layout, with_arrays
 from gemma3_jax.hooks import CAPTURES, Edit, Phase, Placed, as_pytree, captured, interceptor
 from gemma3_jax.model import Gemma3, one_input
 from gemma3_jax.positions import Shape, at_positions, default_positions
@@ -244,7 +244,7 @@ def place(
     """The (canonical name, edit) pairs that an edit under that name, glob, list or predicate stands for.
 
     `shape` (b, p) is that of the input, for the check that the edit acts somewhere; p is None where positions are
-    given, which may be any. `new` tokens will be written behind it.
+    given, which may be any. `new` tokens that are written behind it will be run.
     """
     matches = _running(config, wanted, start_at_layer, stop_at_layer)
     if not callable(edit):
@@ -254,6 +254,7 @@ def place(
         return [(match.name, edit) for match in matches]
     if matches:
         check(edit, [match.name for match in matches], config, shape, new)
+    edit = with_arrays(edit)
     return [(m.name, Placed(edit if m.layout is None else in_layout(edit, m.layout))) for m in matches]
 
 

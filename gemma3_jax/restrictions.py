@@ -84,6 +84,7 @@ def only(
         features: of the last axis.
         keys: like `positions`, for the keys of scores and patterns.
         phase: "prompt" or "generation" (static): while a prompt is read, or at the tokens that the model has written.
+            A run that does not generate is all prompt.
 
     Raises:
         TypeError: the edit is no callable.
@@ -105,7 +106,7 @@ def only(
 
 
 def check_only(edit: Only, names: Sequence[str], config: Gemma3Config, shape: Shape, new: int = 0) -> None:
-    """Refuse restrictions that do not fit the sites `names`, or an input of `shape` (b, p) and `new` written tokens."""
+    """Refuse restrictions that do not fit the sites `names`, or `new` tokens behind an input of `shape` (b, p)."""
     if edit.layer is not None:
         absent = set(_known(as_index("layer", edit.layer, booleans=False))) - {layer_of(name) for name in names}
         if absent:

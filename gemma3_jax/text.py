@@ -120,6 +120,8 @@ class Text:
         return tokens, np.asarray([padded([1] * len(row), 0) for row in rows], np.int32)
 
     def _ids(self, text: str, prepend_bos: bool) -> list[int]:
+        if not isinstance(text, str):
+            raise ValueError(f"among the texts is {text!r}; give texts alone, or ids alone")
         ids = list(self._need_tokenizer()(text, add_special_tokens=False)["input_ids"])
         bos = self.config.bos_token_id
         return [bos, *ids] if prepend_bos and bos is not None and ids[:1] != [bos] else ids

@@ -130,6 +130,15 @@ def test_each_piece_is_shown_before_the_next_is_computed(written, monkeypatch):
         (["--prompt", PROMPT, "--steer", "absent.npy", "--site", SITE], "there is no file absent.npy"),
         (["--prompt", PROMPT, "--steer", "v.txt", "--site", SITE], "v.txt is neither .npy nor .safetensors"),
         (["--prompt", PROMPT, "--steer", "two.safetensors", "--site", SITE], "has 2 tensors (a, b)"),
+        (
+            ["--prompt", PROMPT, "--steer", "text.npy", "--site", SITE],
+            "text.npy holds <U2; a steering vector is of num",
+        ),
+        (["--prompt", PROMPT, "--steer", "bad.npy", "--site", SITE], "bad.npy cannot be read as .npy"),
+        (["--prompt", PROMPT, "--steer", "bad.safetensors", "--site", SITE], "bad.safetensors cannot be read as"),
+        (["--prompt", PROMPT, "--steer", "nan.npy", "--site", SITE], "and holds NaN, infinity or nothing"),
+        (["--prompt", PROMPT, "--steer", "v.npy", "--site", SITE, "--alpha", "nan"], "--alpha is nan"),
+        (["--prompt", PROMPT, "--alpha", 2], "--alpha says how much of a vector to add"),
         (["--prompt", PROMPT, "--steer", "short.npy", "--site", SITE], "in the edit at blocks.1.hook_out"),
         (["--prompt", PROMPT, "--steer", "v.npy", "--site", "blocks.1.hook_resid_pots"], "blocks.1.hook_resid_post"),
         (["--prompt", PROMPT, "--max-new-tokens", 0], "max_new_tokens is 0"),
@@ -144,6 +153,10 @@ def test_errors_are_one_line(command, tmp_path, monkeypatch, arguments, says):
     np.save("short.npy", vector()[:7])
     Path("v.txt").touch()
     save_file({"a": vector(), "b": vector()}, "two.safetensors")
+    np.save("text.npy", np.asarray(["ba"]))
+    np.save("nan.npy", np.full_like(vector(), np.nan))
+    for name in ("bad.npy", "bad.safetensors"):
+        Path(name).write_bytes(b"no such thing")
     done = command("generate", *arguments)
     assert (done.returncode, done.stdout) == (1, "")
     [line] = done.stderr.splitlines()

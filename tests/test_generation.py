@@ -14,7 +14,7 @@ from small_model import difference, direction
 from written import BAR, CONFIG, LENGTHS, MASK, NEW, PARAMS, TOKENS, P, write
 
 from conversion import convert_checkpoint
-from gemma3_jax import TINY, Gemma3Config, edits, forward
+from gemma3_jax import TINY, Gemma3Config, HookedGemma3, edits, forward
 from gemma3_jax.generation import decoding
 from gemma3_jax.generation.generate import generate
 
@@ -227,7 +227,37 @@ def test_new_values_compile_nothing():
     assert compilations(lambda: [write_one(i) for i in (1, 2, 3)]) == (0, 0)
 
 
+def test_any_kind_of_number_compiles_nothing():
+    """A strength that is an integer, a float, or NumPy's, in an edit of a run or of generation."""
+    model, numbers = HookedGemma3(CONFIG, PARAMS), (2, 2.0, np.float32(2), np.float64(2), np.int64(2))
+
+    def steered(number):
+        edit = edits.only(edits.Add(direction(0), number), layer=1)
+        return write(2, edits={"blocks.*.hook_out": edit}).log_probs, model.run_with_hooks(
+            TOKENS, [("blocks.1.hook_out", edits.Scale(number))]
+        )
+
+    first = steered(numbers[0])
+    assert compilations(lambda: [steered(number) for number in numbers]) == (0, 0)
+    for number in numbers:
+        for ours, theirs in zip(steered(number), first, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
 # Prompts
+
+
+def test_columns_that_are_padding_in_every_row_stay():
+    """Tokens are [b, p + n] of the prompt that was given; what is written is the same."""
+    wider, mask = np.pad(TOKENS, ((0, 0), (3, 2))), np.pad(MASK, ((0, 0), (3, 2)))
+    found, plain = generate(CONFIG, PARAMS, wider, NEW, attention_mask=mask, stop_at_eos=False), write()
+    assert found.tokens.shape == found.attention_mask.shape == (3, P + 5 + NEW)
+    np.testing.assert_array_equal(found.tokens[:, 5:][MASK_AND_NEW], plain.tokens[MASK_AND_NEW])
+    np.testing.assert_array_equal(found.attention_mask[:, 5:], plain.attention_mask)
+    assert not found.attention_mask[:, :5].any()
+
+
+MASK_AND_NEW = np.pad(MASK, ((0, 0), (0, NEW)), constant_values=1).astype(bool)
 
 
 def test_padding_on_either_side_gives_each_row_what_it_gives_alone():

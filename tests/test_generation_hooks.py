@@ -205,6 +205,49 @@ def test_what_needs_a_whole_text_is_refused_where_tokens_come_one_by_one(name, e
         assert says in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("new", "given", "says"),
+    [
+        (8, {"positions": P + 7}, f"positions has {P + 7}; at blocks.1.hook_out there are {P + 7}"),
+        (8, {"positions": 3, "phase": "generation"}, "the first written token has 5 or more"),
+        (1, {"phase": "generation"}, "with max_new_tokens=1 none of them is run"),
+    ],
+    ids=["last token", "positions of the prompt", "one token"],
+)
+def test_an_edit_that_never_acts_is_refused(new, given, says):
+    """The last token is never run, and positions count from the start of the text, in both phases."""
+    with pytest.raises(ValueError, match=re.escape(says)):
+        write(new, edits={"blocks.1.hook_out": edits.only(STEER, **given)})
+    acts = {
+        name: value + {8: 5, P + 7: -1}.get(value, 5) if name == "positions" else value for name, value in given.items()
+    }
+    write(new + 1, edits={"blocks.1.hook_out": edits.only(STEER, **acts)})  # control
+
+
+def test_an_edit_kept_to_both_phases_is_refused():
+    """However the two are nested."""
+    edit = edits.only(edits.only(STEER, phase="prompt"), phase="generation")
+    for call in (
+        lambda: write(4, edits={"blocks.1.hook_out": edit}),
+        lambda: HookedGemma3(CONFIG, PARAMS).run_with_hooks(TOKENS, [("blocks.1.hook_out", edit)]),
+    ):
+        with pytest.raises(ValueError, match="kept to both phases at once"):
+            call()
+
+
+def test_what_needs_a_whole_text_runs_where_the_whole_text_is_there():
+    """Kept to the prompt by an edit within, or with one new token, which is never run."""
+    name = "blocks.1.hook_out"
+    kept = edits.only(STEER, positions=-1, phase="prompt")
+    nested = edits.only(edits.only(STEER, phase="prompt"), positions=-1)
+    ours, theirs = (write(4, edits={name: edit}).log_probs for edit in (nested, kept))
+    np.testing.assert_array_equal(ours, theirs)
+    assert difference(ours, write(4).log_probs) > 1e-3  # control
+    for edit in (OTHER, edits.only(STEER, positions=-1)):
+        logits, _ = forward(CONFIG, PARAMS, TOKENS, edits={name: edit}, attention_mask=MASK, logits_at=-1)
+        assert difference(write(1, edits={name: edit}, return_logits=True).logits[:, 0], logits[:, 0]) < BAR
+
+
 def test_an_edit_of_ones_own_that_fits_the_prompt_alone_is_told_so():
     """It cannot be known before a new token comes; the error then names the site and the remedy too."""
     placed = {"blocks.1.hook_out": edits.Scale(np.ones((P, 1), np.float32))}

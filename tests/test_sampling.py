@@ -124,6 +124,23 @@ def test_a_top_p_of_one_keeps_every_token():
     np.testing.assert_array_equal(kept, logits)
 
 
+def test_a_temperature_next_to_zero_takes_the_likeliest():
+    """Logits that are divided by it are infinite, all of them, where the largest is not taken off first."""
+    logits, keys = jnp.asarray([[1.0, 5.0, 9.0, 9.5]] * 2), row_keys(0, 2)
+    for temperature in (2e-38, 1e-30, 1e-3):
+        np.testing.assert_array_equal(draw(logits, None, keys, sampling(2, temperature)), 3)
+    drawn = {int(draw(logits, None, row_keys(seed, 2), sampling(2, 5.0))[0]) for seed in range(20)}
+    assert len(drawn) > 1  # control
+
+
+def test_a_top_k_beyond_32_bits_keeps_every_token():
+    """As every k above the vocabulary does."""
+    logits = jnp.asarray([[1.0, 2.0, 3.0]])
+    for k in (3, 2**31, 2**40):
+        np.testing.assert_array_equal(keep_likely(logits, sampling(1, 1.0, top_k=k)), logits)
+    assert not np.isfinite(keep_likely(logits, sampling(1, 1.0, top_k=2))).all()  # control
+
+
 def test_a_top_p_that_is_flushed_to_zero_keeps_the_likeliest():
     """And that alone, as any top_p below its probability does."""
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(1, 50)) * 3, jnp.float32)
@@ -192,6 +209,10 @@ def test_generated_tokens_have_the_exact_probabilities():
         ({"min_p": 1.5}, "min_p is 1.5"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be above 0"),
         ({"repetition_penalty": float("inf")}, "repetition_penalty is inf"),
+        ({"temperature": "hot"}, "temperature is 'hot'; it must be at least 0"),
+        ({"temperature": True}, "temperature is True"),
+        ({"top_p": "0.5"}, "top_p is '0.5'"),
+        ({"top_k": [[1], [1, 2]]}, "top_k is [[1], [1, 2]]"),
         ({"temperature": [1.0, 0.5, 0.5]}, "temperature has shape (3,); give one number, or one for each of 2 rows"),
     ],
 )

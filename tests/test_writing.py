@@ -122,7 +122,43 @@ def test_stop_strings_end_each_row_at_its_own():
     np.testing.assert_array_equal(streamed, found.tokens[:, p:])
 
 
+def test_a_stop_string_may_begin_with_the_space_before_the_first_new_token():
+    """The continuation is searched as it stands behind the prompt; what the prompt has ends nothing."""
+    model = tiny()
+    [ids] = np.asarray(model.generate(TEXT, 3, return_type="tokens"))
+    word = model.to_string(ids[-3:-2])
+    assert model.generate(TEXT, 8, stop_strings=f" {word}") == f"{TEXT} {word}"
+    assert "".join(model.generate_stream(TEXT, 8, stop_strings=f" {word}")) == f" {word}"
+    absent = next(word for word in ("ti", "so", "re") if word not in model.generate(TEXT, 4)[len(TEXT) :])
+    assert len(model.generate(TEXT, 4, stop_strings=absent).split()) == len(TEXT.split()) + 4
+
+
+def test_one_row_of_ids_is_one_text():
+    """And several are several, also where there is one of them."""
+    ids = np.asarray(tiny().to_tokens(TEXT))
+    text = tiny().generate(TEXT, 4)
+    assert tiny().generate(ids[0], 4, return_type="text") == text
+    assert tiny().generate(ids[0].tolist(), 4, return_type="text") == text
+    assert tiny().generate(ids, 4, return_type="text") == [text]
+
+
 # Errors
+
+
+@pytest.mark.parametrize("call", [HookedGemma3.generate, HookedGemma3.generate_stream])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("temprature", "generation takes no argument temprature; did you mean temperature?"),
+        ("edits", "generation takes no argument edits; did you mean fwd_hooks?"),
+        ("capture", "generation takes no argument capture; did you mean names_filter?"),
+        ("xyz", "generation takes no argument xyz; there are temperature, top_k"),
+    ],
+)
+def test_an_argument_that_there_is_not(call, name, says):
+    """With the one that was meant, before anything is run."""
+    with pytest.raises(TypeError, match=re.escape(says)):
+        call(tiny(), TEXT, 4, **{name: 1})
 
 
 @pytest.mark.parametrize(
@@ -139,8 +175,11 @@ def test_stop_strings_end_each_row_at_its_own():
         ({"tokens": np.full((1, 4), 0.5)}, "token ids"),
         ({"attention_mask": MASK * [[1], [0], [1]]}, "row 1 of attention_mask is all padding"),
         ({"attention_mask": MASK * (np.arange(P) != 9)}, "row 0 of attention_mask has padding between tokens"),
+        ({"attention_mask": np.full((3, P), "1")}, "attention_mask must be 1 at real tokens and 0 at padding"),
+        ({"attention_mask": np.where(MASK, 1.0, np.nan)}, "attention_mask must be 1 at real tokens and 0 at padding"),
         ({"attention_mask": MASK[:, 1:]}, "attention_mask has shape (3, 11); the prompt has (3, 12)"),
-        ({"eos_token_id": 101}, "eos_token_id is 101; it takes ids within the vocabulary of 101"),
+        ({"eos_token_id": 101}, "eos_token_id is 101; it takes an id, or several, within the vocabulary of 101"),
+        ({"eos_token_id": [[1, 2]]}, "eos_token_id is [[1, 2]]"),
         ({"eos_token_id": [1, -1]}, "eos_token_id is [1, -1]"),
         ({"temperature": -1.0}, "temperature is -1.0; it must be at least 0"),
         ({"top_p": 2.0}, "top_p is 2.0"),
@@ -173,6 +212,7 @@ def test_an_encoder_does_not_generate():
         ({"stop_strings": "xylophone"}, "the stop string 'xylophone' has what the tokenizer cannot write"),
         ({"stop_strings": [""]}, "a stop string is ''"),
         ({"stop_strings": [7]}, "a stop string is 7"),
+        ({"input": [TEXT, 5]}, "among the texts is 5; give texts alone, or ids alone"),
         ({"return_type": "str"}, "return_type is 'str'; it takes 'text', 'tokens' and None"),
     ],
 )

@@ -5,7 +5,7 @@ Axes: b batch, p columns of the prompt, n new tokens, V vocabulary.
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import flax.struct
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 
 from gemma3_jax.cache import ActivationCache
 from gemma3_jax.config import Gemma3Config
-from gemma3_jax.edits import speaks_of_places
+from gemma3_jax.edits import check_generation, speaks_of_places
 from gemma3_jax.forward import Capture, Edits, captured_names, placed_edits
 from gemma3_jax.generation.decoding import Decoding, Task, go_on, read
 from gemma3_jax.generation.memory import in_memory
@@ -24,6 +24,19 @@ from gemma3_jax.sites import site
 from gemma3_jax.stacking import unstack_layers
 
 Params = Mapping[str, Any]
+
+
+class Options(TypedDict, total=False):
+    """The arguments of `generate` that say how tokens are drawn and where they end."""
+
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
+    repetition_penalty: Any
+    seed: Any
+    stop_at_eos: bool
+    eos_token_id: int | Sequence[int] | None
 
 
 @flax.struct.dataclass
@@ -84,14 +97,15 @@ def generate(
     A token's step under a scan would copy the weights of every layer, so that stacked parameters are unstacked first.
 
     Memory: the KV cache, see `cache_bytes`; a second copy of stacked parameters; p + n positions of every captured
-    site; with `return_logits` 4 b n V bytes.
+    site; with `return_logits` 4 b n V bytes. There, n is rounded up: to the next power of two up to 64, 8 at least,
+    and then to the next multiple of 64.
 
     Args:
         config: shape of the model.
         params: parameter pytree.
         tokens: [b, p] integer ids, padded on either side where `attention_mask` says so.
         max_new_tokens: how many to write at most, any integer from 1.
-        attention_mask: [b, p], 1 at real tokens.
+        attention_mask: [b, p], 1 at real tokens and 0 at padding.
         temperature: 0 takes the likeliest token. This and the next four: one number, or one for each row.
         top_k: draw from the k likeliest tokens only.
         top_p: draw from the likeliest tokens that have this probability together.
@@ -109,7 +123,7 @@ def generate(
 
     Raises:
         ValueError: a parameter out of range; no room for the tokens in the model's positions; an edit that needs a
-            whole text.
+            whole text, or never acts.
         MemoryError: with the bytes that were asked for.
 
     >>> from conversion import convert_checkpoint
@@ -136,8 +150,7 @@ def generate(
         edits=edits,
         return_logits=return_logits,
     )
-    text = in_memory(go_on, task, text, jnp.int32(bounds.new - 1))
-    return finish(task, text, bounds)
+    return finish(task, write_rest(task, text, bounds), bounds)
 
 
 @flax.struct.dataclass
@@ -180,12 +193,14 @@ def begin(
     if config.use_bidirectional_attention:
         raise ValueError("a model with use_bidirectional_attention (an encoder) does not generate")
     new = checked_count(max_new_tokens)
-    if p + new > config.max_position_embeddings:
+    longest, shortest = int(p - start.min()), int(p - start.max())
+    if longest + new > config.max_position_embeddings:
         raise ValueError(
-            f"{p} tokens of the prompt and {new} new ones are more than the "
+            f"{longest} tokens of the prompt and {new} new ones are more than the "
             f"{config.max_position_embeddings} positions that the model has"
         )
-    placed = placed_edits(config, _as_pytrees(edits or {}), (b, p), new=new)
+    placed = placed_edits(config, _as_pytrees(edits or {}), (b, p), new=new - 1)
+    _check_edits(placed, shortest, new)
     _check_places(placed, attention_mask, np.arange(p) >= start[:, None])
     task = Task(
         unstack_layers(config, params),
@@ -203,6 +218,11 @@ def begin(
         read, task, padded, jnp.asarray(start + extra, jnp.int32), new=_bucket(new), keep_logits=return_logits
     )
     return task, begun, Bounds(params, new, p, start, extra)
+
+
+def write_rest(task: Task, text: Decoding, bounds: Bounds) -> Decoding:
+    """The text with all its tokens; where there is one, none is run, and no step is compiled."""
+    return text if bounds.new == 1 else in_memory(go_on, task, text, jnp.int32(bounds.new - 1))
 
 
 def finish(task: Task, text: Decoding, bounds: Bounds, ends: np.ndarray | None = None) -> Generation:
@@ -250,6 +270,13 @@ def checked_count(max_new_tokens: Any) -> int:
     return count
 
 
+def _check_edits(edits: Mapping[str, Sequence[Any]], shortest: int, new: int) -> None:
+    """Refuse edits that never act; `new` tokens are written behind prompts of `shortest` tokens at least."""
+    for name, several in edits.items():
+        for each in several:
+            check_generation(each.edit, name, shortest, new - 1)
+
+
 def _check_places(edits: Mapping[str, Sequence[Any]], attention_mask: Any, aligned: np.ndarray) -> None:
     """Refuse edits with values for the places of a prompt whose rows are moved, from the given mask to the aligned."""
     if attention_mask is None or np.array_equal(np.atleast_2d(attention_mask).astype(bool), aligned):
@@ -273,9 +300,12 @@ def _aligned(config: Gemma3Config, tokens: Any, attention_mask: Any) -> tuple[np
         raise ValueError(f"token id {bad} is outside the vocabulary of {config.vocab_size}")
     if attention_mask is None:
         return ids, np.zeros(len(ids), np.int32)
-    mask = np.atleast_2d(np.asarray(attention_mask)).astype(bool)
-    if mask.shape != ids.shape:
-        raise ValueError(f"attention_mask has shape {mask.shape}; the prompt has {ids.shape}")
+    given = np.atleast_2d(np.asarray(attention_mask))
+    if given.shape != ids.shape:
+        raise ValueError(f"attention_mask has shape {given.shape}; the prompt has {ids.shape}")
+    if not np.isin(given, (0, 1)).all():
+        raise ValueError("attention_mask must be 1 at real tokens and 0 at padding; it has something else")
+    mask = given.astype(bool)
     rows = []
     for i, (row, real) in enumerate(zip(ids, mask, strict=True)):
         at = np.flatnonzero(real)
@@ -284,7 +314,7 @@ def _aligned(config: Gemma3Config, tokens: Any, attention_mask: Any) -> tuple[np
         if at[-1] - at[0] + 1 != at.size:
             raise ValueError(f"row {i} of attention_mask has padding between tokens; it may stand at the ends only")
         rows.append(row[real])
-    p = max(map(len, rows))
+    p = ids.shape[1]
     start = np.asarray([p - len(row) for row in rows], np.int32)
     pad = config.pad_token_id or 0
     return np.stack([np.pad(row, (p - len(row), 0), constant_values=pad) for row in rows]), start
@@ -295,9 +325,14 @@ def _stop_tokens(config: Gemma3Config, stop_at_eos: bool, eos_token_id: Any) -> 
     given = config.eos_token_id if eos_token_id is None else eos_token_id
     stop = np.atleast_1d(np.asarray([] if given is None or not stop_at_eos else given))
     if stop.size and not (
-        np.issubdtype(stop.dtype, np.integer) and (stop >= 0).all() and (stop < config.vocab_size).all()
+        stop.ndim == 1
+        and np.issubdtype(stop.dtype, np.integer)
+        and (stop >= 0).all()
+        and (stop < config.vocab_size).all()
     ):
-        raise ValueError(f"eos_token_id is {given!r}; it takes ids within the vocabulary of {config.vocab_size}")
+        raise ValueError(
+            f"eos_token_id is {given!r}; it takes an id, or several, within the vocabulary of {config.vocab_size}"
+        )
     return jnp.asarray(np.pad(stop, (0, _bucket(stop.size) - stop.size), constant_values=-1), jnp.int32)
 
 

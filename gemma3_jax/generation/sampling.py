@@ -59,13 +59,25 @@ def sampling(
         if value is None and name != "temperature":
             rows[name] = None
             continue
-        given = np.asarray(np.nan if value is None else value, np.float32)
+        given = _numbers(value)
         if not (np.isfinite(given) & good(given)).all():
             raise ValueError(f"{name} is {value!r}; it must be {'a whole number ' if name == 'top_k' else ''}{says}")
         if given.ndim > 1 or given.size not in (1, batch):
             raise ValueError(f"{name} has shape {given.shape}; give one number, or one for each of {batch} rows")
+        # No vocabulary has so many tokens, and more would not fit 32 bits.
+        given = np.minimum(given, 2**30) if name == "top_k" else given
         rows[name] = jnp.asarray(np.broadcast_to(given, batch), jnp.int32 if name == "top_k" else jnp.float32)
     return Sampling(**rows, greedy=not np.asarray(temperature).any())
+
+
+def _numbers(value: Any) -> np.ndarray:
+    """In float32; NaN, which is in no range, of what is no number: None, text, booleans, a ragged list."""
+    try:
+        given = np.asarray(value)
+    except ValueError:
+        return np.asarray(np.nan)
+    real = jnp.issubdtype(given.dtype, jnp.integer) or jnp.issubdtype(given.dtype, jnp.floating)
+    return given.astype(np.float32) if real else np.asarray(np.nan)
 
 
 def row_keys(seed: Any, batch: int) -> jax.Array:
@@ -95,7 +107,9 @@ def draw(logits: jax.Array, seen: jax.Array | None, keys: jax.Array, how: Sampli
     likeliest = _argmax(logits)
     if how.greedy:
         return likeliest
-    scaled = logits / jnp.where(how.temperature > 0, how.temperature, 1)[:, None]
+    # The largest becomes 0 first, which a temperature next to 0 does not make infinite.
+    below = logits - jnp.max(logits, axis=-1, keepdims=True)
+    scaled = below / jnp.where(how.temperature > 0, how.temperature, 1)[:, None]
     drawn = jax.vmap(jax.random.categorical)(keys, keep_likely(scaled, how))
     return jnp.where(how.temperature > 0, drawn, likeliest).astype(jnp.int32)
 

@@ -3,15 +3,25 @@
 Axes: b batch, p columns of the prompt, n new tokens.
 """
 
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import jax.numpy as jnp
 import numpy as np
 
 from gemma3_jax.forward import Capture, Hooks, edits_of
 from gemma3_jax.generation.decoding import Decoding, Task, go_on
-from gemma3_jax.generation.generate import Bounds, Generation, begin, checked_count, finish, stream
+from gemma3_jax.generation.generate import (
+    Bounds,
+    Generation,
+    Options,
+    begin,
+    checked_count,
+    finish,
+    stream,
+    write_rest,
+)
 from gemma3_jax.generation.memory import in_memory
 from gemma3_jax.text import Input, Text
 
@@ -38,7 +48,7 @@ class Writing(Text):
         fwd_hooks: Hooks = (),
         attention_mask: Any = None,
         return_logits: bool = False,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> Any:
         """Continue text, texts, chat messages or token ids, with edits and captures at every token.
 
@@ -60,7 +70,8 @@ class Writing(Text):
 
         Returns:
             Prompt and continuation: the text, or a list of texts, without special tokens (of messages the reply alone);
-            or tokens [b, p + n] int32. With `names_filter` or `return_logits`, (that, `Generation`).
+            or tokens [b, p + n] int32.
+            Ids [p] give one text. With `names_filter` or `return_logits`, (that, `Generation`).
 
         >>> from gemma3_jax import TINY, HookedGemma3
         >>> model = HookedGemma3.from_pretrained(TINY, dtype="float32")
@@ -70,12 +81,13 @@ class Writing(Text):
         if return_type not in ("text", "tokens", None):
             raise ValueError(f"return_type is {return_type!r}; it takes 'text', 'tokens' and None")
         keep = () if names_filter is None else names_filter
+        _check_names(options)
         stops = self._stop_strings(stop_strings)
         tokens, mask = self._prompt(input, attention_mask)
         task, text, bounds = self._begin(
             tokens, mask, max_new_tokens, fwd_hooks, capture=keep, return_logits=return_logits, **options
         )
-        text, ends = self._write(task, text, bounds, stops)
+        text, ends = self._write(task, text, bounds, stops, self._shown_before(input, text, bounds))
         found = finish(task, text, bounds, ends)
         kind = return_type or ("text" if _is_text(input) else "tokens")
         out = found.tokens if kind == "tokens" else self._texts(found, bounds.prompt, input)
@@ -89,7 +101,7 @@ class Writing(Text):
         stop_strings: str | Sequence[str] = (),
         fwd_hooks: Hooks = (),
         attention_mask: Any = None,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> Iterator[Any]:
         """The continuation piece by piece, with the tokens of `generate` and its arguments.
 
@@ -99,6 +111,7 @@ class Writing(Text):
             An iterator over texts for a text, over lists of texts for several (empty where a row has ended, or a letter
             is not complete), and over tokens [b] for ids.
         """
+        _check_names(options)
         stops = self._stop_strings(stop_strings)
         tokens, mask = self._prompt(input, attention_mask)
         return self._pieces(input, *self._begin(tokens, mask, max_new_tokens, fwd_hooks, **options), stops)
@@ -114,7 +127,8 @@ class Writing(Text):
             new = np.where(was, int(task.pad), np.asarray(now.tokens[:, int(now.length) - 1]))
             for row, token in zip(rows, new, strict=True):
                 row.append(int(token))
-            ended = was | np.asarray(now.done) | [any(stop in self._spelled(row) for stop in stops) for row in rows]
+            stopped = [self._has_any(stops, *both) for both in zip(before, rows, strict=True)]
+            ended = was | np.asarray(now.done) | stopped
             last = ended | (len(rows[0]) == bounds.new)
             pieces = []
             for i in range(len(rows) if as_text else 0):
@@ -136,19 +150,19 @@ class Writing(Text):
     def _begin(
         self, tokens: np.ndarray, mask: Any, max_new_tokens: int, fwd_hooks: Hooks, **options: Any
     ) -> tuple[Task, Decoding, Bounds]:
-        edits = edits_of(self.config, fwd_hooks, tokens.shape, new=checked_count(max_new_tokens))
+        edits = edits_of(self.config, fwd_hooks, tokens.shape, new=checked_count(max_new_tokens) - 1)
         return begin(self.config, self.params, tokens, max_new_tokens, attention_mask=mask, edits=edits, **options)
 
     def _write(
-        self, task: Task, text: Decoding, bounds: Bounds, stops: Sequence[str]
+        self, task: Task, text: Decoding, bounds: Bounds, stops: Sequence[str], before: Sequence[list[int]]
     ) -> tuple[Decoding, np.ndarray | None]:
         """The whole text, and by row the column of the token that completed a stop string."""
         if not stops:
-            return in_memory(go_on, task, text, jnp.int32(bounds.new - 1)), None
+            return write_rest(task, text, bounds), None
         first = bounds.extra + bounds.prompt
         while True:
             rows = np.asarray(text.tokens)[:, first : int(text.length)]
-            found = [self._stopped_at(row, stops) for row in rows]
+            found = [self._stopped_at(stops, *both) for both in zip(before, rows.tolist(), strict=True)]
             ends = np.asarray([len(row) if at is None else at for row, at in zip(rows, found, strict=True)])
             text = text.replace(done=text.done | jnp.asarray([at is not None for at in found]))  # type: ignore[attr-defined]
             left = bounds.new - rows.shape[1]
@@ -156,11 +170,17 @@ class Writing(Text):
                 return text, bounds.prompt + ends
             text = in_memory(go_on, task, text, jnp.int32(min(SEGMENT, left)))
 
-    def _stopped_at(self, row: np.ndarray, stops: Sequence[str]) -> int | None:
+    def _stopped_at(self, stops: Sequence[str], before: list[int], row: list[int]) -> int | None:
         """The place of the first token with which the row has a stop string."""
-        if not any(stop in self._spelled(row) for stop in stops):
+        if not self._has_any(stops, before, row):
             return None
-        return next(n for n in range(len(row)) if any(stop in self._spelled(row[: n + 1]) for stop in stops))
+        return next(n for n in range(len(row)) if self._has_any(stops, before, row[: n + 1]))
+
+    def _has_any(self, stops: Sequence[str], before: list[int], row: list[int]) -> bool:
+        """Whether a stop string stands in what the row adds to the tokens before it, whose text it is joined to."""
+        # A tokenizer may drop the space with which a text begins; of a continuation it counts.
+        added = self._spelled([*before, *row])[len(self._spelled(before)) :] if stops else ""
+        return any(stop in added for stop in stops)
 
     def _stop_strings(self, given: str | Sequence[str]) -> tuple[str, ...]:
         stops = (given,) if isinstance(given, str) else tuple(given)
@@ -218,5 +238,17 @@ def _is_text(input: Any) -> bool:
 
 
 def _is_single(input: Any) -> bool:
-    """One text, or one conversation."""
-    return isinstance(input, str) or (_is_chat(input) and isinstance(input[0], Mapping))
+    """One text, one conversation, or one row of ids [p]."""
+    if _is_text(input):
+        return isinstance(input, str) or (_is_chat(input) and isinstance(input[0], Mapping))
+    return np.ndim(input) == 1
+
+
+def _check_names(options: Mapping[str, Any]) -> None:
+    """Refuse arguments that there are not, and say which was meant."""
+    here = {"edits": "fwd_hooks", "capture": "names_filter"}
+    for name in options:
+        if name not in Options.__annotations__:
+            near = [here[name]] if name in here else difflib.get_close_matches(name, Options.__annotations__)
+            meant = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(Options.__annotations__)}"
+            raise TypeError(f"generation takes no argument {name}; {meant}")
