@@ -260,18 +260,24 @@ def check(edit: Any, names: Sequence[str], config: Gemma3Config, shape: Shape, n
         check_range("row", row, shape[0], names[0])
 
 
-def check_generation(edit: Any, name: str, shortest: int, new: int) -> None:
-    """Refuse an edit that is kept to written tokens, and that none of them sees.
+def check_generation(edit: Any, name: str, shortest: int, new: int, moved: bool) -> None:
+    """Refuse an edit whose values are for places that move, and one kept to written tokens that none of them sees.
 
     Args:
         edit: an edit at the site `name`.
         name: canonical name.
         shortest: tokens of the prompt's shortest row.
         new: how many tokens that are written will be run; the last never is.
+        moved: whether the prompt's rows were moved to end together.
 
     Raises:
-        ValueError: naming the site and what there is.
+        ValueError: naming the site and the remedy.
     """
+    if moved and _speaks_of_places(edit, site(name).axes.split()):
+        raise ValueError(
+            f"an edit at {name} has values for the places of the prompt, whose rows are moved to end together; pad "
+            'them on the left, as `to_tokens(texts, padding_side="left")` does'
+        )
     if _phases(edit) != {"generation"}:
         return
     if not new:
@@ -294,12 +300,12 @@ def _phases(edit: Any) -> set[str]:
     return inner & {edit.phase} if isinstance(edit, Only) and edit.phase else inner
 
 
-def speaks_of_places(edit: Any, axes: Sequence[str]) -> bool:
+def _speaks_of_places(edit: Any, axes: Sequence[str]) -> bool:
     """Whether a ready-made edit of a value with these axes has values for its places, which must then stay as given."""
     if isinstance(edit, Only):
-        return has_booleans(edit) or speaks_of_places(edit.edit, axes)
+        return has_booleans(edit) or _speaks_of_places(edit.edit, axes)
     if isinstance(edit, InLayout):
-        return speaks_of_places(edit.edit, edit.axes(axes))
+        return _speaks_of_places(edit.edit, edit.axes(axes))
     if not isinstance(edit, _OF_VALUES):
         return isinstance(edit, FromCache | FromRow)
     # Values broadcast from the right; the key of noise is no value.

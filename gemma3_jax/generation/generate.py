@@ -14,7 +14,7 @@ import numpy as np
 
 from gemma3_jax.cache import ActivationCache
 from gemma3_jax.config import Gemma3Config
-from gemma3_jax.edits import check_generation, speaks_of_places
+from gemma3_jax.edits import check_generation
 from gemma3_jax.forward import Capture, Edits, captured_names, placed_edits
 from gemma3_jax.generation.decoding import Decoding, Task, go_on, read
 from gemma3_jax.generation.memory import in_memory
@@ -199,9 +199,13 @@ def begin(
             f"{longest} tokens of the prompt and {new} new ones are more than the "
             f"{config.max_position_embeddings} positions that the model has"
         )
-    placed = placed_edits(config, _as_pytrees(edits or {}), (b, p), new=new - 1)
-    _check_edits(placed, shortest, new)
-    _check_places(placed, attention_mask, np.arange(p) >= start[:, None])
+    placed: Mapping[str, Sequence[Any]] = placed_edits(config, _as_pytrees(edits or {}), (b, p), new=new - 1)
+    moved = attention_mask is not None and not np.array_equal(
+        np.atleast_2d(attention_mask).astype(bool), np.arange(p) >= start[:, None]
+    )
+    for name, several in placed.items():
+        for each in several:
+            check_generation(each.edit, name, shortest, new - 1, moved)
     task = Task(
         unstack_layers(config, params),
         placed,
@@ -268,26 +272,6 @@ def checked_count(max_new_tokens: Any) -> int:
     if count < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens!r}; it must be a positive integer")
     return count
-
-
-def _check_edits(edits: Mapping[str, Sequence[Any]], shortest: int, new: int) -> None:
-    """Refuse edits that never act; `new` tokens are written behind prompts of `shortest` tokens at least."""
-    for name, several in edits.items():
-        for each in several:
-            check_generation(each.edit, name, shortest, new - 1)
-
-
-def _check_places(edits: Mapping[str, Sequence[Any]], attention_mask: Any, aligned: np.ndarray) -> None:
-    """Refuse edits with values for the places of a prompt whose rows are moved, from the given mask to the aligned."""
-    if attention_mask is None or np.array_equal(np.atleast_2d(attention_mask).astype(bool), aligned):
-        return
-    for name, several in edits.items():
-        axes = site(name).axes.split()
-        if any(speaks_of_places(each.edit, axes) for each in several):
-            raise ValueError(
-                f"an edit at {name} has values for the places of the prompt, whose rows are moved to end together; pad "
-                'them on the left, as `to_tokens(texts, padding_side="left")` does'
-            )
 
 
 def _aligned(config: Gemma3Config, tokens: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]:

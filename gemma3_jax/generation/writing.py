@@ -70,8 +70,8 @@ class Writing(Text):
 
         Returns:
             Prompt and continuation: the text, or a list of texts, without special tokens (of messages the reply alone);
-            or tokens [b, p + n] int32.
-            Ids [p] give one text. With `names_filter` or `return_logits`, (that, `Generation`).
+            or tokens [b, p + n] int32. Ids [p] give one text, or one row of tokens. With `names_filter` or
+            `return_logits`, (that, `Generation`).
 
         >>> from gemma3_jax import TINY, HookedGemma3
         >>> model = HookedGemma3.from_pretrained(TINY, dtype="float32")
