@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.flax import save_file
 
 from gemma3_jax import TINY, HookedGemma3, edits
 
@@ -74,18 +75,21 @@ def test_a_chat_prints_the_reply(written, command, tmp_path):
     assert "no chat template" in without.stderr
 
 
-@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
-def test_it_steers(written, tmp_path, suffix):
+@pytest.mark.parametrize(
+    ("suffix", "dtype"), [(".npy", "float32"), (".safetensors", "float32"), (".safetensors", "bfloat16")]
+)
+def test_it_steers(written, tmp_path, suffix, dtype):
     """With a vector of either format, at a site, as strongly as asked; by 0 it does not."""
     file = tmp_path / f"direction{suffix}"
+    stored = jnp.asarray(vector(), dtype)
     if suffix == ".npy":
-        np.save(file, vector())
+        np.save(file, stored)
     else:
-        save_file({"direction": vector()}, file)
+        save_file({"direction": stored}, file)
     texts = []
     for alpha in (0.0, 20.0, -20.0):
         texts.append(written("--prompt", PROMPT, *SHORT, "--steer", file, "--site", SITE, "--alpha", alpha))
-        hooks = [(SITE, edits.Add(vector(), alpha))]
+        hooks = [(SITE, edits.Add(stored, alpha))]
         assert texts[-1] == tiny().generate(PROMPT, 8, fwd_hooks=hooks) + "\n"
     assert texts[0] == tiny().generate(PROMPT, 8) + "\n"
     assert len(set(texts)) == 3
@@ -138,6 +142,7 @@ def test_each_piece_is_shown_before_the_next_is_computed(written, monkeypatch):
         (["--prompt", PROMPT, "--steer", "bad.safetensors", "--site", SITE], "bad.safetensors cannot be read as"),
         (["--prompt", PROMPT, "--steer", "nan.npy", "--site", SITE], "and holds NaN, infinity or nothing"),
         (["--prompt", PROMPT, "--steer", "v.npy", "--site", SITE, "--alpha", "nan"], "--alpha is nan"),
+        (["--prompt", PROMPT, "--steer", "v.npy", "--site", SITE, "--alpha", "inf"], "--alpha is inf"),
         (["--prompt", PROMPT, "--alpha", 2], "--alpha says how much of a vector to add"),
         (["--prompt", PROMPT, "--steer", "short.npy", "--site", SITE], "in the edit at blocks.1.hook_out"),
         (["--prompt", PROMPT, "--steer", "v.npy", "--site", "blocks.1.hook_resid_pots"], "blocks.1.hook_resid_post"),
@@ -152,7 +157,7 @@ def test_errors_are_one_line(command, tmp_path, monkeypatch, arguments, says):
     np.save("v.npy", vector())
     np.save("short.npy", vector()[:7])
     Path("v.txt").touch()
-    save_file({"a": vector(), "b": vector()}, "two.safetensors")
+    save_file({"a": jnp.zeros(2), "b": jnp.zeros(2)}, "two.safetensors")
     np.save("text.npy", np.asarray(["ba"]))
     np.save("nan.npy", np.full_like(vector(), np.nan))
     for name in ("bad.npy", "bad.safetensors"):

@@ -14,7 +14,7 @@ from small_model import difference, direction
 from written import BAR, CONFIG, LENGTHS, MASK, NEW, PARAMS, TOKENS, P, write
 
 from conversion import convert_checkpoint
-from gemma3_jax import TINY, Gemma3Config, HookedGemma3, edits, forward
+from gemma3_jax import TINY, Gemma3Config, HookedGemma3, edits, forward, hooked
 from gemma3_jax.generation import decoding
 from gemma3_jax.generation.generate import generate
 
@@ -177,6 +177,13 @@ def test_nearby_lengths_share_a_compilation():
     assert compilations(lambda: write_one(17)) == (1, 1)
 
 
+def test_with_one_new_token_no_step_is_compiled():
+    """It is written when the prompt has been read; a second one needs a step."""
+    tokens = random_tokens((7, 9))
+    assert compilations(lambda: generate(CONFIG, PARAMS, tokens, 1)) == (1, 0)
+    assert compilations(lambda: generate(CONFIG, PARAMS, tokens, 2, stop_at_eos=False)) == (0, 1)  # control
+
+
 def test_bucketing_changes_nothing():
     """Each length gives what it gives with edits, which are not bucketed."""
     for p in (9, 17):
@@ -237,8 +244,11 @@ def test_any_kind_of_number_compiles_nothing():
             TOKENS, [("blocks.1.hook_out", edits.Scale(number))]
         )
 
-    first = steered(numbers[0])
+    first, runs = steered(numbers[0]), hooked._compiled._cache_size()
     assert compilations(lambda: [steered(number) for number in numbers]) == (0, 0)
+    assert hooked._compiled._cache_size() == runs
+    model.run_with_hooks(TOKENS, [("blocks.1.hook_out", edits.Scale(np.ones((P, 1), np.float32)))])
+    assert hooked._compiled._cache_size() == runs + 1  # control: another shape
     for number in numbers:
         for ours, theirs in zip(steered(number), first, strict=True):
             np.testing.assert_array_equal(ours, theirs)
@@ -249,15 +259,17 @@ def test_any_kind_of_number_compiles_nothing():
 
 def test_columns_that_are_padding_in_every_row_stay():
     """Tokens are [b, p + n] of the prompt that was given; what is written is the same."""
+    # Of the model's positions they take none.
+    config = Gemma3Config.from_hf({**CONFIG.to_hf(), "max_position_embeddings": P + NEW})
     wider, mask = np.pad(TOKENS, ((0, 0), (3, 2))), np.pad(MASK, ((0, 0), (3, 2)))
-    found, plain = generate(CONFIG, PARAMS, wider, NEW, attention_mask=mask, stop_at_eos=False), write()
+    found, plain = generate(config, PARAMS, wider, NEW, attention_mask=mask, stop_at_eos=False), write()
     assert found.tokens.shape == found.attention_mask.shape == (3, P + 5 + NEW)
-    np.testing.assert_array_equal(found.tokens[:, 5:][MASK_AND_NEW], plain.tokens[MASK_AND_NEW])
+    real = np.asarray(plain.attention_mask).astype(bool)
+    np.testing.assert_array_equal(found.tokens[:, 5:][real], plain.tokens[real])
     np.testing.assert_array_equal(found.attention_mask[:, 5:], plain.attention_mask)
     assert not found.attention_mask[:, :5].any()
-
-
-MASK_AND_NEW = np.pad(MASK, ((0, 0), (0, NEW)), constant_values=1).astype(bool)
+    with pytest.raises(ValueError, match=f"{P} tokens of the prompt and {NEW + 1} new ones are more"):  # control
+        generate(config, PARAMS, wider, NEW + 1, attention_mask=mask)
 
 
 def test_padding_on_either_side_gives_each_row_what_it_gives_alone():

@@ -206,22 +206,29 @@ def test_what_needs_a_whole_text_is_refused_where_tokens_come_one_by_one(name, e
 
 
 @pytest.mark.parametrize(
-    ("new", "given", "says"),
+    ("new", "given", "acts", "says"),
     [
-        (8, {"positions": P + 7}, f"positions has {P + 7}; at blocks.1.hook_out there are {P + 7}"),
-        (8, {"positions": 3, "phase": "generation"}, "the first written token has 5 or more"),
-        (1, {"phase": "generation"}, "with max_new_tokens=1 none of them is run"),
+        (
+            8,
+            {"positions": P + 7},
+            {"positions": P + 6},
+            f"positions has {P + 7}; at blocks.1.hook_out there are {P + 7}",
+        ),
+        (
+            8,
+            {"positions": 3, "phase": "generation"},
+            {"positions": P, "phase": "generation"},
+            "the first written token has 5 or more",
+        ),
+        (1, {"phase": "generation"}, {"phase": "prompt"}, "with max_new_tokens=1 none of them is run"),
     ],
     ids=["last token", "positions of the prompt", "one token"],
 )
-def test_an_edit_that_never_acts_is_refused(new, given, says):
+def test_an_edit_that_never_acts_is_refused(new, given, acts, says):
     """The last token is never run, and positions count from the start of the text, in both phases."""
     with pytest.raises(ValueError, match=re.escape(says)):
         write(new, edits={"blocks.1.hook_out": edits.only(STEER, **given)})
-    acts = {
-        name: value + {8: 5, P + 7: -1}.get(value, 5) if name == "positions" else value for name, value in given.items()
-    }
-    write(new + 1, edits={"blocks.1.hook_out": edits.only(STEER, **acts)})  # control
+    write(new, edits={"blocks.1.hook_out": edits.only(STEER, **acts)})  # control
 
 
 def test_an_edit_kept_to_both_phases_is_refused():
