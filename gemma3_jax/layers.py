@@ -11,7 +11,7 @@ import numpy as np
 
 from gemma3_jax.config import Rope
 from gemma3_jax.hooks import HookPoint
-from gemma3_jax.products import heads_in, heads_out, linear, matmul, per_head_matmul, unembed
+from gemma3_jax.products import heads_in, heads_out, linear, looked_up, per_head_matmul, unembed
 
 _INIT = nn.initializers.normal(0.02)
 
@@ -121,8 +121,7 @@ class Embed(nn.Module):
             return tokens.astype(self.weight.dtype)
         factor = jnp.asarray(self.shape[1] ** 0.5, self.weight.dtype)
         # [V, d] at [b, p] -> [b, p, d]
-        rows = self.weight.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        return rows * factor
+        return looked_up(self.weight, tokens) * factor
 
 
 class Unembed(nn.Module):
@@ -136,7 +135,7 @@ class Unembed(nn.Module):
             # [b, p, d] x [V, d] -> [b, p, V]
             return unembed(x, embedding)
         # [b, p, d] x [d, V] -> [b, p, V]
-        return matmul("bpd,dv->bpv", x, self.param("weight", _INIT, self.shape), jnp.float32)
+        return linear(x, self.param("weight", _INIT, self.shape), jnp.float32)
 
 
 def rope_tables(rope: Rope, positions: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:

@@ -14,15 +14,17 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("capture", [(), "**"], ids=["plain", "every site"])
-def test_forward_exports_for_every_platform(dtype, capture):
-    """The 270m shape, without weights: the unwatched attention and the one that shows its scores."""
+@pytest.mark.parametrize("shape", [(2, 16), (1, 1)], ids=["batch", "one token"])
+def test_forward_exports_for_every_platform(shape, dtype, capture):
+    """The 270m shape, without weights: the unwatched attention and the one that shows its scores; one token, whose
+    products have forms of their own on a CPU."""
     config = Gemma3Config.preset("270m")
     abstract = jax.eval_shape(Gemma3(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     params = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype if leaf.ndim > 1 else leaf.dtype), abstract
     )
     run = jax.jit(functools.partial(forward, config, capture=capture))
-    batch = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+    batch = jax.ShapeDtypeStruct(shape, jnp.int32)
 
     def plain(params, tokens, attention_mask):
         logits, cache = run(params, tokens, attention_mask=attention_mask)
@@ -30,7 +32,7 @@ def test_forward_exports_for_every_platform(dtype, capture):
 
     exported = export.export(jax.jit(plain), platforms=PLATFORMS)(params, batch, batch)
     assert exported.platforms == PLATFORMS
-    assert exported.out_avals[0].shape == (2, 16, config.vocab_size)
+    assert exported.out_avals[0].shape == (*shape, config.vocab_size)
 
 
 def test_negative_control_a_platform_bound_function_does_not_export():

@@ -1,0 +1,124 @@
+"""Products of few rows have forms of their own: the same numbers, derivatives and batches, and no copy of a weight.
+
+Axes: b batch, p position, i inputs, o outputs, n heads, e head_dim, d hidden_size, V vocabulary.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gemma3_jax import Gemma3, Gemma3Config, products
+from gemma3_jax.generation import decoding
+from gemma3_jax.generation.generate import begin
+
+# By function: its product, as an einsum, and the axes that are summed over.
+FORMS = {
+    "linear": ("bpi,io->bpo", "i"),
+    "heads_in": ("bpd,nde->bpne", "d"),
+    "heads_out": ("bpne,ned->bpd", "ne"),
+    "unembed": ("bpd,vd->bpv", "d"),
+}
+form = pytest.mark.parametrize("name", FORMS)
+
+
+def operands(name, dtype, b=1, p=1, width=24, seed=0):
+    """Random x and w for a form: `width` inputs, two heads, other sizes unlike each other."""
+    (left, right), summed = FORMS[name][0].split("->")[0].split(","), FORMS[name][1]
+    sizes = {"b": b, "p": p, "n": 2, "o": 20, "e": 10, "v": 26, "d": 18} | dict.fromkeys(summed, width)
+    if name == "heads_out":
+        sizes |= {"n": 2, "e": width // 2}
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.standard_normal([sizes[axis] for axis in axes])).astype(dtype) for axes in (left, right)]
+
+
+def exact(name, x, w):
+    return np.einsum(FORMS[name][0], np.asarray(x, np.float64), np.asarray(w, np.float64))
+
+
+def bar(name, x, w, out):
+    """What rounding may do: half a unit of the result's dtype, and a unit of float32 of the terms for each of them."""
+    terms = w.size // out.shape[-1] if name != "unembed" else w.shape[1]
+    size = np.einsum(FORMS[name][0], *(np.abs(np.asarray(each, np.float64)) for each in (x, w)))
+    return terms * np.finfo(np.float32).eps * size + float(jnp.finfo(out.dtype).eps) * np.abs(exact(name, x, w))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(sorted(FORMS)),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+    rows=st.sampled_from([(1, 1), (1, 2), (2, 1), (3, 5), (1, 17)]),
+    width=st.sampled_from([8, 16, 10, 6, 40]),
+    seed=st.integers(0, 99),
+)
+def test_products_are_exact_to_rounding(name, dtype, rows, width, seed):
+    """Of one row and of many, of widths that the form of one row takes (multiples of 8) and of others."""
+    x, w = operands(name, dtype, *rows, width, seed)
+    out = getattr(products, name)(x, w)
+    assert out.dtype == (jnp.float32 if name == "unembed" else x.dtype)
+    error = np.abs(np.asarray(out, np.float64) - exact(name, x, w))
+    assert (error <= bar(name, x, w, out)).all()
+    worse = np.abs(np.asarray(out, np.float64) - exact(name, x, 1.02 * w.astype(jnp.float32)))
+    assert (worse > bar(name, x, w, out)).any()  # control
+
+
+@form
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_row_has_the_derivatives_of_its_product(name, dtype):
+    """By both operands, and for a batch of inputs under `vmap`: to rounding what the einsum in float32 gives."""
+    x, w = operands(name, dtype)
+    xs = jnp.stack([x, 2 * x, -x])
+    weight = jnp.asarray(np.random.default_rng(1).standard_normal(exact(name, x, w).shape), jnp.float32)
+
+    def loss(product):
+        return lambda x, w: jnp.sum(product(x, w).astype(jnp.float32) * weight)
+
+    def plain(x, w):
+        return jnp.einsum(FORMS[name][0], x.astype(jnp.float32), w.astype(jnp.float32))
+
+    found, expected = (
+        jax.vmap(jax.grad(loss(product), argnums=(0, 1)), (0, None))(xs, w)
+        for product in (getattr(products, name), plain)
+    )
+    tolerance = 4 * float(jnp.finfo(dtype).eps)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == dtype
+        scale = np.abs(np.asarray(theirs, np.float32)).max()
+        np.testing.assert_allclose(
+            np.asarray(ours, np.float32), np.asarray(theirs, np.float32), atol=tolerance * scale, rtol=0
+        )
+        assert not np.allclose(np.asarray(ours, np.float32), 0, atol=tolerance * scale)  # control: there is a gradient
+
+
+@pytest.fixture
+def optimized():
+    """Compile as for users: what is moved out of loops, and copied, is up to XLA's optimisations."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def set_aside(dtype: str) -> int:
+    """Bytes that the decoding loop sets aside, for weights of 270m's widths: V is 8192, d 640, f 2048."""
+    types = ("sliding_attention", "full_attention")
+    small = {"vocab_size": 8192, "num_hidden_layers": 2, "layer_types": types, "max_position_embeddings": 64}
+    config = dataclasses.replace(Gemma3Config.preset("270m"), **small)
+    shapes = jax.eval_shape(Gemma3(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, dtype if leaf.ndim > 1 else leaf.dtype), shapes)
+    task, text, bounds = begin(config, params, [[5, 6]], 4)
+    compiled = decoding.go_on.lower(task, text, jnp.int32(bounds.new - 1)).compile()
+    jax.clear_caches()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decoding_copies_no_weights(optimized, monkeypatch, dtype):
+    """XLA:CPU would convert bfloat16 weights to float32 before the loop over tokens, and keep them besides."""
+    assert set_aside(dtype) < 640 * 2048 * 4  # one matrix of the MLP
+    if dtype == "bfloat16":
+        monkeypatch.setattr(products, "_together", lambda x, y: (x, y))
+        assert set_aside(dtype) > 8192 * 640 * 4  # control: the embedding, and more
