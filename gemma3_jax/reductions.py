@@ -105,7 +105,10 @@ class Project:
 
 @flax.struct.dataclass
 class Cast:
-    """The value in another dtype: `Cast("bfloat16")` halves a float32 capture."""
+    """The value in another dtype: `Cast("bfloat16")` halves a float32 capture, and keeps its range.
+
+    What is too large for the dtype becomes infinite: Gemma's residual stream can pass float16's 65,504.
+    """
 
     dtype: Any = flax.struct.field(pytree_node=False)
 

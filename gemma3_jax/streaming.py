@@ -98,7 +98,8 @@ class Streaming(Text):
             raise ValueError(f"the batch has {', '.join(map(str, given))}; it must have input_ids")
         ids, mask = given["input_ids"], given.get("attention_mask")
         if is_text(ids):
-            ids, mask = self._padded(ids, prepend_bos=True, padding_side="right")
+            ids, padding = self._padded(ids, prepend_bos=True, padding_side="right")
+            mask = padding if mask is None else mask
         try:
             tokens = np.atleast_2d(np.asarray(ids))
         except ValueError as error:

@@ -58,6 +58,11 @@ def test_padding_of_texts_and_of_masks():
     tokens, mask = model.encode(texts[0])
     (cache,) = model.activations([{"input_ids": np.asarray(tokens), "attention_mask": np.asarray(mask)}], RESID)
     np.testing.assert_array_equal(cache["resid_post", 1], found[0]["resid_post", 1])
+    fewer = np.asarray(mask) * (np.arange(tokens.shape[1]) > 0)
+    given = [{"input_ids": ids, "attention_mask": fewer} for ids in (texts[0], tokens)]
+    of_texts, of_ids = model.activations(given, RESID)
+    assert same(of_texts["resid_post", 1], of_ids["resid_post", 1])
+    assert not same(of_texts["resid_post", 1], found[0]["resid_post", 1])  # control: texts may have a mask of their own
     (unmasked,) = model.activations([{"input_ids": np.asarray(tokens)}], {RESID: reductions.At(-1)})
     (masked,) = model.activations(texts[:1], {RESID: reductions.At(-1)})
     assert not same(unmasked["resid_post", 1], masked["resid_post", 1])  # control: the mask is used

@@ -169,6 +169,7 @@ def test_an_argument_that_there_is_not(call, name, says):
         ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
         ({"max_new_tokens": True}, "max_new_tokens is True"),
         ({"max_new_tokens": "8"}, "max_new_tokens is '8'"),
+        ({"stop_at_eos": "no"}, "stop_at_eos is 'no'; it takes True and False"),
         ({"tokens": np.zeros((0, 4), int)}, "one at least"),
         ({"tokens": np.zeros((2, 0), int)}, "one at least"),
         ({"tokens": np.full((1, 4), 300)}, "token id 300 is outside the vocabulary of 101"),

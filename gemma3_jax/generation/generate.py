@@ -306,6 +306,8 @@ def _aligned(config: Gemma3Config, tokens: Any, attention_mask: Any) -> tuple[np
 
 def _stop_tokens(config: Gemma3Config, stop_at_eos: bool, eos_token_id: Any) -> jax.Array:
     """[m] int32, filled up with -1, which is no token, so that their number compiles nothing new."""
+    if not isinstance(stop_at_eos, bool | np.bool_):
+        raise ValueError(f"stop_at_eos is {stop_at_eos!r}; it takes True and False")
     given = config.eos_token_id if eos_token_id is None else eos_token_id
     stop = np.atleast_1d(np.asarray([] if given is None or not stop_at_eos else given))
     if stop.size and not (
