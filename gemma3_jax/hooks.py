@@ -192,7 +192,7 @@ def interceptor(
         return hook.replace(positions=unembedded[0], attention_mask=unembedded[1])  # type: ignore[attr-defined]
 
     def edited(name: str, value: Any) -> Any:
-        return apply_edits(edits.get(name, ()), value, told_at(name))
+        return apply_edits(edits[name], value, told_at(name))
 
     def kept(name: str, value: Any) -> Any:
         reduce = capture[name]
@@ -209,7 +209,8 @@ def interceptor(
                 write = functools.partial(written_at, step, wanted, kept, lambda name: capture[name] is None)
                 module.sow(CAPTURES, hook, value, init_fn=empty, reduce_fn=write)
             return value
-        value = edited(site, value)
+        if site in edits:
+            value = edited(site, value)
         if site in capture:
             module.sow(CAPTURES, hook, Kept(kept(site, value)), init_fn=lambda: None, reduce_fn=lambda _, new: new)
         return value

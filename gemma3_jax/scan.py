@@ -17,21 +17,13 @@ from flax.core.scope import subtract_filters
 from gemma3_jax.attention import Past
 from gemma3_jax.config import Gemma3Config, LayerType
 from gemma3_jax.hooks import CAPTURES, Repeated
+from gemma3_jax.kernels import SHORT
 from gemma3_jax.sites import layer_of
 from gemma3_jax.stacking import PERIODS, layer_params, repeats
 
-# Sites that change how a block computes when somebody watches or edits them.
-_ON_DEMAND = frozenset(
-    {
-        "hook_attn_in",
-        "hook_q_input",
-        "hook_k_input",
-        "hook_v_input",
-        "attn.hook_result",
-        "attn.hook_attn_scores",
-        "attn.hook_pattern",
-    }
-)
+# Sites that change how a block computes when somebody watches or edits them; the second set in a long text only.
+PER_HEAD = frozenset({"hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input", "attn.hook_result"})
+SCORES = frozenset({"attn.hook_attn_scores", "attn.hook_pattern"})
 
 # For each block of a body, the layers that it stands for, step by step.
 Places = tuple[tuple[int, ...], ...]
@@ -104,7 +96,9 @@ def run_stacked(
     stacked = _parameters(model, make_body, x, context)
     known = start is None or isinstance(start, int)
     mutable = subtract_filters(model.scope.mutable, "params")
-    for layers in _runs(model, range(config.num_hidden_layers)[start if known else None : stop], past is None):
+    special = PER_HEAD if x.shape[1] < SHORT else PER_HEAD | SCORES
+    layers_run = range(config.num_hidden_layers)[start if known else None : stop]
+    for layers in _runs(model, layers_run, special if past is None else None):
         body = make_body(layers=layers)
         beside = None if known else start, context, past
         if len(layers[0]) > 1:
@@ -151,22 +145,23 @@ def _parameters(model: Any, make_body: Callable[..., Body], x: jax.Array, contex
     return model.get_variable("params", PERIODS)
 
 
-def _runs(model: Any, layers: range, scanned: bool) -> list[Places]:
+def _runs(model: Any, layers: range, special: frozenset[str] | None) -> list[Places]:
     """The bodies that run those layers, as far as they are stacked: each whole periods in a scan, or one by itself.
 
-    Periods share a scan when in all of them the same of the sites are watched that change how a block computes.
+    Periods share a scan when in all of them the same of the `special` sites are watched, which change how a block
+    computes; None: nothing is scanned.
     """
     length, n = repeats(model.config)
     periods = [range(first, first + length) for first in range(0, n * length, length)]
     watched = [name.split(".", 2)[1:] for name in model.watched if layer_of(name) is not None]
-    special = {(int(layer), site) for layer, site in watched if site in _ON_DEMAND}
+    apart = {(int(layer), site) for layer, site in watched if special and site in special}
 
     def kind(period: range) -> Any:
-        if not scanned or not set(period) <= set(layers):
+        if special is None or not set(period) <= set(layers):
             return period.start
         return frozenset(
             (layer - period.start, site, f"blocks.{layer}.{site}" in model.edited)
-            for layer, site in special
+            for layer, site in apart
             if layer in period
         )
 

@@ -34,7 +34,8 @@ from gemma3_jax import (
 )
 from gemma3_jax.analysis import fold_ln, ov_circuit
 from gemma3_jax.decomposition import HEADS
-from gemma3_jax.scan import _ON_DEMAND
+from gemma3_jax.kernels import SHORT
+from gemma3_jax.scan import PER_HEAD, SCORES
 from gemma3_jax.sites import SITES
 from gemma3_jax.stacking import repeats
 
@@ -94,8 +95,8 @@ def test_every_site_is_that_of_the_unrolled_model():
     assert difference(run(wrong, {})[0], logits) > 1e-2
 
 
-SPECIAL = [name for name in IN_BLOCK if name in _ON_DEMAND]
-OTHERS = [name for name in IN_BLOCK if name not in _ON_DEMAND]
+SPECIAL = [name for name in IN_BLOCK if name in PER_HEAD | SCORES]
+OTHERS = [name for name in IN_BLOCK if name not in SPECIAL]
 
 
 @pytest.mark.parametrize("layer", [MIDDLE, "*"], ids=["one layer", "glob"])
@@ -172,6 +173,23 @@ def test_a_capture_of_some_layers_keeps_those_only():
     assert (2, 2, 9, 80) in carried("blocks.1.mlp.hook_post")
     assert (3, 2, 9, 80) in carried("blocks.*.mlp.hook_post")
     assert (3, 2, 9, 80) not in carried("blocks.1.mlp.hook_post")
+
+
+@pytest.mark.parametrize(("length", "scans"), [(SHORT - 1, 1), (SHORT, 0)])
+def test_a_pattern_of_one_layer_leaves_the_scan_of_a_short_text_whole(length, scans):
+    """Below `SHORT` tokens every layer has its scores; from there on the period that shows them is run apart."""
+    config, params, stacked = both()
+    tokens = random_tokens((1, length))
+    name = f"blocks.{MIDDLE}.attn.hook_pattern"
+
+    def run(params):
+        return forward(config, params, tokens, name)
+
+    program = jax.make_jaxpr(run)(stacked)
+    over_periods = [each for each in program.eqns if each.primitive.name == "scan"]
+    assert len(over_periods) == scans
+    (logits, cache), (scanned, found) = jax.jit(run)(params), jax.jit(run)(stacked)
+    assert worst([scanned, found[name]], [logits, cache[name]]) < BOUND
 
 
 @pytest.mark.parametrize("stop", [-4, *range(8)])
