@@ -27,7 +27,7 @@ def parameter(
     """`module.param`, which would trace the initializer of what is given: a third of the time to trace the model."""
     if not module.has_variable("params", name):
         return module.param(name, init, shape, dtype)
-    given = module.get_variable("params", name)
+    given: jax.Array = module.get_variable("params", name)
     if jnp.shape(given) != shape:
         raise flax.errors.ScopeParamShapeError(name, "/".join(module.path), jnp.shape(given), shape)
     return given

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks import forward, report
+from benchmarks import forward, products, report
 from benchmarks.limits import share
 from benchmarks.rows import Figure, Row, Settings, forward_flops, narrow
 from gemma3_jax import Gemma3
@@ -62,6 +62,15 @@ def test_operations_of_a_forward_pass():
     counted = jax.jit(lambda p, t: forward.forward(config, p, t)[0]).lower(shapes, tokens).compile().cost_analysis()
     assert forward_flops(config, 1, 16) == pytest.approx(counted["flops"], rel=0.1)
     assert forward_flops(narrow(5), 1, 16) != pytest.approx(counted["flops"], rel=0.1)
+
+
+def test_products_alone_are_those_of_a_forward_pass():
+    """They have its operations, but for the few of attention; those of a layer less are fewer."""
+    config, x = narrow(6), jax.ShapeDtypeStruct((1, 2, narrow(6).hidden_size), "float32")
+    shapes = jax.eval_shape(lambda: Gemma3(config).init(jax.random.key(0), jax.numpy.zeros((1, 2), int)))["params"]
+    counted = products.port.lower(config, shapes, x, True).compile().cost_analysis()
+    assert forward_flops(config, 1, 2) == pytest.approx(counted["flops"], rel=0.05)
+    assert forward_flops(narrow(5), 1, 2) != pytest.approx(counted["flops"], rel=0.05)
 
 
 def test_goals_and_shares():
