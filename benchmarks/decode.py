@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from benchmarks import peers
-from benchmarks.rows import Figure, Row, Settings, added
+from benchmarks.rows import Figure, Row, Settings, added, forward_flops
 from benchmarks.timing import interleaved
 from gemma3_jax import edits
 from gemma3_jax.generation.generate import generate
@@ -66,7 +66,9 @@ def measure(settings: Settings, dtype: str, b: int, p: int, n: int) -> Row:
     seconds = interleaved(runs, settings.rounds)
     # Each token reads every weight once, and the keys and values that its layers hold (at most these).
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    work = n * (weights + cache_bytes(config, b, p + n, dtype)["total"])
+    read = n * (weights + cache_bytes(config, b, p + n, dtype)["total"])
+    # The prompt's last logits are those of the first new token; the last token is not run.
+    flops = forward_flops(config, b, p, 1) + (n - 1) * forward_flops(config, b, 1)
     best = min(seconds[name] for name in seconds if name in ("HF", "HF static, compiled"))
     figures = (
         Figure("tokens per second", b * n / seconds["port"]),
@@ -74,7 +76,7 @@ def measure(settings: Settings, dtype: str, b: int, p: int, n: int) -> Row:
         added("a steering edit adds", seconds["port, steered"], seconds["port"], 0.03),
         added("keeping residuals adds", seconds["port, residuals kept"], seconds["port"]),
     )
-    return Row(f"batch {b}, {p} tokens and {n} new", dtype, seconds, figures, bytes=work, share_goal=0.7)
+    return Row(f"batch {b}, {p} tokens and {n} new", dtype, seconds, figures, flops, read, 0.7)
 
 
 def written(model: Any, ids: torch.Tensor, n: int, **options: Any) -> np.ndarray:

@@ -30,14 +30,14 @@ def measure(quick: bool = False) -> dict[str, float]:
     return limits
 
 
-def share(row: dict[str, Any], limits: dict[str, float]) -> float | None:
-    """How much of the limit that bounds it a row's port reaches, its work being what cannot be avoided."""
-    times = []
-    if row["flops"] and f"{row['dtype']} operations" in limits:
-        times.append(row["flops"] / limits[f"{row['dtype']} operations"])
-    if row["bytes"]:
-        times.append(row["bytes"] / limits["bytes read"])
-    return max(times) / row["seconds"]["port"] if times else None
+def shares(row: dict[str, Any], limits: dict[str, float]) -> dict[str, float]:
+    """How much of each limit a row's port reaches: of the time that it takes, what the limit alone would take."""
+    needed = {"operations": (row["flops"], f"{row['dtype']} operations"), "bandwidth": (row["bytes"], "bytes read")}
+    return {
+        name: work / limits[limit] / row["seconds"]["port"]
+        for name, (work, limit) in needed.items()
+        if work and limit in limits
+    }
 
 
 def _seconds(run: Callable[[], Any], rounds: int = 7) -> float:

@@ -70,9 +70,9 @@ class Row:
         dtype: of the parameters.
         seconds: median by peer; the port's is "port".
         figures: what they come to.
-        flops: floating-point operations of the port's run; 0 where they are not what bounds it.
+        flops: floating-point operations of the port's run; 0 where they do not bound it.
         bytes: that the port's run must read from memory at least; 0 likewise.
-        share_goal: for the share of the limit that the port reaches; None where there is none.
+        share_goal: for the share of the memory's bandwidth that the port reaches; None where there is none.
     """
 
     case: str

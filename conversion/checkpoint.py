@@ -89,12 +89,14 @@ def convert_state_dict(state_dict: Mapping[str, Any], config: Gemma3Config, dtyp
     Raises:
         CheckpointError: as in `convert_checkpoint`.
     """
-    shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
-
     for key, tensor in state_dict.items():
+        if not hasattr(tensor, "dtype"):
+            raise CheckpointError(f"{key} is a {type(tensor).__name__}; give torch tensors or numpy arrays")
         # str: torch.float32 or float32
         if str(tensor.dtype).removeprefix("torch.") not in files.DTYPES and not is_vision(key):
             raise CheckpointError(f"{key} has dtype {tensor.dtype}; this port reads {_known_dtypes()}")
+
+    shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
 
     def read(key: str) -> np.ndarray:
         return _to_numpy(state_dict[key])

@@ -19,6 +19,7 @@ from gemma3_jax.config import ConfigError, Gemma3Config
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -28,7 +29,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_HUB_FILES = ("*.safetensors", INDEX, "config.json", *TOKENIZER_FILES)
+_HUB_FILES = ("*.safetensors", INDEX, "config.json", GENERATION, *TOKENIZER_FILES)
 
 
 # The dtypes of parameters, and how safetensors' headers name them.
@@ -80,7 +81,7 @@ def locate(source: str | os.PathLike[str], revision: str | None = None) -> Path:
 
 
 def read_config(directory: Path) -> Gemma3Config:
-    """The config of the checkpoint in `directory`.
+    """The config of the checkpoint in `directory`, with the stop tokens of its generation_config.json, if any.
 
     Raises:
         CheckpointError: there is no readable config.json.
@@ -89,7 +90,14 @@ def read_config(directory: Path) -> Gemma3Config:
     file = directory / "config.json"
     raw = _read_json(file)
     try:
-        return Gemma3Config.from_hf(raw)
+        config = Gemma3Config.from_hf(raw)
+        # Hugging Face generates by this file: chat models end their turns with a token that only it may name.
+        file = directory / GENERATION
+        generation = _read_json(file) if file.exists() else {}
+        if not isinstance(generation, Mapping):
+            raise CheckpointError(f"{file} holds no JSON object")
+        stop = generation.get("eos_token_id")
+        return config if stop is None else config.stopping_at(stop)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
 

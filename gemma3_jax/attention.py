@@ -60,8 +60,8 @@ class Past:
 def by_column(hook: HookPoint, x: jax.Array, past: Past | None, fill: float) -> jax.Array:
     """Scores or a pattern through their hook, which sees keys by column, [b, h, p, c]; `x` has them by slot.
 
-    x [b, h, p, s + p] has the slots of the past and then the p new columns. Columns that no slot holds are `fill`, and
-    what an edit writes there is lost: their values are gone.
+    x [b, h, p, s + p] has the slots of the past and then the p new columns. Columns that no slot holds are `fill`;
+    where somebody edits, every column has a slot.
     """
     if past is None:
         return hook(x)

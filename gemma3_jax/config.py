@@ -142,10 +142,18 @@ class Gemma3Config:
         fields = {name: raw.get(name, default) for name, default in _HF_DEFAULTS.items()}
         # Hugging Face takes None for false here.
         fields |= {name: False for name in _FLAGS if fields[name] is None}
-        if isinstance(fields["eos_token_id"], list):
-            fields["eos_token_id"] = tuple(fields["eos_token_id"])
+        stop = fields.pop("eos_token_id")
         full, sliding = _ropes(raw)
-        return cls(**fields, layer_types=_layer_types(raw), rope_full=full, rope_sliding=sliding)
+        config = cls(**fields, layer_types=_layer_types(raw), rope_full=full, rope_sliding=sliding)
+        return config.stopping_at(stop)
+
+    def stopping_at(self, stop: int | list[int] | tuple[int, ...] | None) -> "Gemma3Config":
+        """The same with other stop tokens: an id, several, or None.
+
+        >>> Gemma3Config.preset("1b").stopping_at([1, 106]).eos_token_id
+        (1, 106)
+        """
+        return dataclasses.replace(self, eos_token_id=tuple(stop) if isinstance(stop, list) else stop)
 
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` of a `Gemma3ForCausalLM` with this shape; `from_hf` reads it back to an equal config."""

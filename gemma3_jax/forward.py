@@ -16,7 +16,7 @@ from gemma3_jax.config import Gemma3Config
 from gemma3_jax.edits import check, in_layout, with_arrays
 from gemma3_jax.hooks import CAPTURES, Edit, Phase, Placed, as_pytree, captured, interceptor
 from gemma3_jax.model import Gemma3, one_input
-from gemma3_jax.positions import Shape, at_positions, default_positions
+from gemma3_jax.positions import Shape, at_positions, check_mask, default_positions
 from gemma3_jax.reductions import Reduction, Steps, as_steps
 from gemma3_jax.sites import Match, layer_of, select, site_names
 from gemma3_jax.stacking import check_layout, is_stacked
@@ -100,6 +100,8 @@ def forward(
     ((1, 6, 16), ['blocks.0.hook_out', 'blocks.1.hook_out'])
     """
     source = jnp.asarray(one_input(tokens, inputs_embeds))
+    if attention_mask is not None:
+        check_mask(attention_mask)
     attention_mask, positions = (None if x is None else jnp.asarray(x) for x in (attention_mask, positions))
     _check(config, source, attention_mask, positions)
     if not isinstance(start_at_layer, jax.core.Tracer | None):
@@ -114,8 +116,7 @@ def forward(
     placed = placed_edits(config, edits or {}, extent, start_at_layer, stop_at_layer)
     if "embed" not in params:
         raise ValueError("params lack 'embed'; pass the pytree that `convert_checkpoint` returns, as it is")
-    if is_stacked(params):
-        check_layout(config, params)
+    check_layout(config, params)
     stop = _layers_needed(config, names) if return_type is None and stop_at_layer is None else stop_at_layer
     if positions is None:
         positions = default_positions(source.shape[:2], attention_mask)

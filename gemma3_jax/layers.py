@@ -7,7 +7,6 @@ f intermediate_size, V vocabulary.
 import functools
 from collections.abc import Callable
 
-import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,12 +23,13 @@ _INIT = nn.initializers.normal(0.02)
 def parameter(
     module: nn.Module, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
-    """`module.param`, which would trace the initializer of what is given: a third of the time to trace the model."""
+    """As `module.param`, which would trace the initializer of what is given: a third of the time to trace the model."""
     if not module.has_variable("params", name):
         return module.param(name, init, shape, dtype)
     given: jax.Array = module.get_variable("params", name)
     if jnp.shape(given) != shape:
-        raise flax.errors.ScopeParamShapeError(name, "/".join(module.path), jnp.shape(given), shape)
+        where = "/".join((*module.path, name))
+        raise ValueError(f"the parameter {where} has shape {jnp.shape(given)}; the config calls for {shape}")
     return given
 
 

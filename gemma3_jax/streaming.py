@@ -13,7 +13,7 @@ from gemma3_jax.cache import ActivationCache
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.forward import ReducedCapture, placed_captures
 from gemma3_jax.hooks import Hook
-from gemma3_jax.positions import default_positions
+from gemma3_jax.positions import check_mask, default_positions
 from gemma3_jax.reductions import Steps
 from gemma3_jax.sites import layer_of, shape_of, site
 from gemma3_jax.text import Input, Text, is_text
@@ -104,12 +104,13 @@ class Streaming(Text):
             tokens = np.atleast_2d(np.asarray(ids))
         except ValueError as error:
             raise ValueError("rows have different lengths; pad them, and give input_ids with attention_mask") from error
-        mask = np.ones(tokens.shape, np.int32) if mask is None else np.atleast_2d(np.asarray(mask, np.int32))
+        mask = np.ones(tokens.shape, np.int32) if mask is None else np.atleast_2d(np.asarray(mask))
         if tokens.ndim != 2 or mask.shape != tokens.shape or not tokens.size:
             raise ValueError(
                 f"ids have shape {tokens.shape} and attention_mask {mask.shape}; both must be [b, p], with a token"
             )
-        return tokens, mask
+        check_mask(mask)
+        return tokens, mask.astype(np.int32)
 
     def _check_rows(self, kept: Mapping[str, Steps | None], p: int) -> None:
         """Refuse functions whose results do not have the batch's rows on the first axis."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma3_jax.config import Gemma3Config
+from gemma3_jax.positions import check_mask
 
 Input = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
 
@@ -25,10 +26,12 @@ class Text:
         """Any input as token ids [b, p] int32, and its mask [b, p]: the given one, or that of a padded batch of texts.
 
         Raises:
-            ValueError: the input is empty, no text and no ids, or has an id outside the vocabulary.
+            ValueError: the input is empty, no text and no ids, or has an id outside the vocabulary; a mask of something
+                else than 0 and 1.
         """
         tokens, mask = self._ids_of(input)
         if attention_mask is not None:
+            check_mask(attention_mask)
             mask = jnp.atleast_2d(jnp.asarray(attention_mask))
         return tokens, mask
 

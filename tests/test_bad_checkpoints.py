@@ -293,6 +293,7 @@ STATES = {
     "int8": (lambda s: s.update({Q: s[Q].to(torch.int8)}), [Q, "int8"]),
     "float64": (lambda s: s.update({Q: s[Q].double()}), [Q, "float64"]),
     "float64 of numpy": (lambda s: s.update({Q: s[Q].double().numpy()}), [Q, "float64"]),
+    "list": (lambda s: s.update({Q: [1.0]}), [Q, "list", "torch tensors or numpy arrays"]),
     "head of its own": (lambda s: s.update({"lm_head.weight": s[EMBED] + 1}), ["lm_head.weight", EMBED]),
 }
 

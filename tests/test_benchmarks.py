@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from benchmarks import forward, products, report
-from benchmarks.limits import share
+from benchmarks.limits import shares
 from benchmarks.rows import Figure, Row, Settings, forward_flops, narrow
 from gemma3_jax import Gemma3
 
@@ -74,19 +74,21 @@ def test_products_alone_are_those_of_a_forward_pass():
 
 
 def test_goals_and_shares():
-    """A goal is met on its own side, and the share is that of the limit that binds."""
+    """A goal is met on its own side; a share is that of the time which the limit alone would take."""
     assert Figure("ratio", 2.0, 1.5).met
     assert not Figure("ratio", 1.0, 1.5).met
     assert Figure("added", 0.01, 0.03, at_least=False).met
     assert Figure("seconds", 1.0).met is None
     row = {"dtype": "float32", "flops": 10.0, "bytes": 1.0, "seconds": {"port": 2.0}}
-    assert share(row, {"float32 operations": 10.0, "bytes read": 10.0}) == 0.5
-    assert share(row | {"flops": 0, "bytes": 0}, {"bytes read": 1.0}) is None
+    limits = {"float32 operations": 10.0, "bytes read": 10.0}
+    assert shares(row, limits) == {"operations": 0.5, "bandwidth": 0.05}
+    assert shares(row | {"flops": 0}, limits) == {"bandwidth": 0.05}
+    assert shares(row | {"dtype": "float16"}, limits) == {"bandwidth": 0.05}  # whose rate was not measured
 
 
 def test_a_share_below_its_goal_is_missed():
     """The column shows the goal, and the run says that it was missed; at the goal it is met."""
     row = Row("case", "float32", {"port": 2.0}, bytes=10.0, share_goal=0.7).as_dict()
-    said = "decode, case, float32: share of the limit **50.0 % (goal: at least 70.0 %)**"
+    said = "decode, case, float32: bandwidth **50.0 % (goal: at least 70.0 %)**"
     for limit, missed in ((10.0, [said]), (5.0, [])):
         assert report.missed({"limits": {"bytes read": limit}, "benchmarks": {"decode": [row]}}) == missed

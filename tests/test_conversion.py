@@ -285,6 +285,21 @@ def test_shards(models, saved, tmp_path):
     assert_identical(flat(params), expected(models["bf16"]))
 
 
+def test_stop_tokens_are_those_that_hugging_face_generates_by(saved, tmp_path):
+    """generation_config.json names them before config.json does; without one, or a name in it, config.json's hold."""
+    shutil.copytree(saved["tied"], tmp_path / "x")
+    file = tmp_path / "x" / "generation_config.json"
+    for found, wanted in (({"eos_token_id": [1, 5]}, (1, 5)), ({"eos_token_id": 7}, 7), ({"top_k": 64}, 1)):
+        file.write_text(json.dumps(found))
+        assert convert_checkpoint(tmp_path / "x")[0].eos_token_id == wanted
+    for broken, says in (({"eos_token_id": "a"}, "eos_token_id is 'a'"), ([1], "holds no JSON object")):
+        file.write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match=rf"generation_config\.json.*{says}"):
+            convert_checkpoint(tmp_path / "x")
+    file.unlink()
+    assert convert_checkpoint(tmp_path / "x")[0].eos_token_id == 1
+
+
 @pytest.mark.parametrize("prefix", ["model.", "language_model.model.", "model.language_model.", ""])
 @pytest.mark.parametrize("head", ["lm_head.weight", "language_model.lm_head.weight"])
 def test_prefixes(prefix, head, models, saved, tmp_path):

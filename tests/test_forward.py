@@ -1,6 +1,7 @@
 """`forward` itself: watching, stopping, inputs, and one clear error for each bad argument."""
 
 import concurrent.futures
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +179,33 @@ def test_explicit_positions():
     assert not same(plain()[0][0, 3:], alone)  # control: without the mask the padding is seen
 
 
+@pytest.mark.parametrize("dtype", [bool, np.int64, np.float32])
+def test_a_mask_of_any_kind_says_the_same(dtype):
+    """Booleans, integers and floats of 0 and 1; and traced, where values cannot be refused, what is not 0 is real."""
+    config, params = small()
+    mask = np.asarray(LEFT_PADDED).astype(dtype)
+    assert_same(forward(config, params, TOKENS, attention_mask=mask)[0], padded()[0], 1e-6)
+    assert_same(run(attention_mask=jnp.asarray(mask) * 3)[0], padded()[0], 1e-6)
+    with pytest.raises(ValueError, match="attention_mask must be"):
+        HookedGemma3(config, params)(TOKENS, attention_mask=np.asarray(LEFT_PADDED) * 3)
+
+
+def test_blocks_that_the_config_does_not_have_are_refused():
+    """Parameters of a deeper or shallower model are not cut to the config's layers, silently."""
+    config, params = small(3)
+    with pytest.raises(ValueError, match="params have 'blocks_2'; the config calls for 2 blocks"):
+        forward(dataclasses.replace(config, num_hidden_layers=2, layer_types=()), params, TOKENS)
+    with pytest.raises(ValueError, match="params lack 'blocks_3'; the config calls for 4 blocks"):
+        forward(dataclasses.replace(config, num_hidden_layers=4, layer_types=()), params, TOKENS)
+    shape = np.ones((3, 3))
+    wrong = {
+        **params,
+        "blocks_1": {**params["blocks_1"], "mlp": {**params["blocks_1"]["mlp"], "in": {"weight": shape}}},
+    }
+    with pytest.raises(ValueError, match=r"blocks_1/mlp/in/weight has shape \(3, 3\); the config calls for \(48, "):
+        forward(config, wrong, TOKENS)
+
+
 @pytest.mark.parametrize("bad", [101, 5000, -1, -100])
 def test_an_id_outside_the_vocabulary(bad):
     """No other token's row stands in for it: NaN where values cannot be checked, an error where they can."""
@@ -224,6 +252,9 @@ EMBEDS = np.zeros((2, 9, 48), np.float32)
         ({"tokens": None, "inputs_embeds": EMBEDS[0]}, "inputs_embeds are floats"),
         ({"attention_mask": np.ones((2, 8), int)}, "attention_mask has shape"),
         ({"attention_mask": np.ones(9, int)}, "attention_mask has shape"),
+        ({"attention_mask": np.full((2, 9), 2)}, "attention_mask must be 1 at real tokens"),
+        ({"attention_mask": np.full((2, 9), 0.5)}, "attention_mask must be 1 at real tokens"),
+        ({"attention_mask": np.zeros((2, 9))}, "an additive mask has 0"),
         ({"positions": np.arange(9)}, "positions has shape"),
         ({"return_type": "logit"}, "return_type is 'logit'"),
         ({"return_type": "loss", "stop_at_layer": 2}, "whole model"),

@@ -94,6 +94,10 @@ EDITS = {
     "patterns, by key": {
         "blocks.*.attn.hook_pattern": edits.only(edits.Replace(0.0), keys=[2, 4, 13, 14], positions=range(5, 20)),
     },
+    "behind the window": {
+        "blocks.*.attn.hook_pattern": edits.only(edits.Replace(0.5), keys=[0, 1], heads=[1, 4]),
+        "blocks.0.attn.hook_attn_scores": edits.only(edits.Replace(4.0), keys=[2], heads=[2, 3]),
+    },
     "logits": {
         "unembed.hook_out": [
             edits.only(edits.Add(0.3), features=[7, 8, 9]),

@@ -59,6 +59,8 @@ def test_padding_of_texts_and_of_masks():
     (cache,) = model.activations([{"input_ids": np.asarray(tokens), "attention_mask": np.asarray(mask)}], RESID)
     np.testing.assert_array_equal(cache["resid_post", 1], found[0]["resid_post", 1])
     fewer = np.asarray(mask) * (np.arange(tokens.shape[1]) > 0)
+    with pytest.raises(ValueError, match="attention_mask must be 1"):
+        list(model.activations([{"input_ids": np.asarray(tokens), "attention_mask": np.asarray(mask) / 2}], RESID))
     given = [{"input_ids": ids, "attention_mask": fewer} for ids in (texts[0], tokens)]
     of_texts, of_ids = model.activations(given, RESID)
     assert same(of_texts["resid_post", 1], of_ids["resid_post", 1])

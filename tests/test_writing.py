@@ -259,6 +259,38 @@ def test_a_stream_reports_bad_arguments_when_it_is_called(arguments, says):
         tiny().generate_stream(TEXT, **arguments)
 
 
+def test_messages_that_are_none_are_refused():
+    """By name, whatever stands first; and a mask, which only ids have. Whole messages in the same places pass."""
+    whole = {"role": "user", "content": "ti"}
+    for prompt in ([{"role": "user"}], [whole, "ba"], [[whole], "ba"], [[], [whole]], [[whole], []], [[whole, 3]]):
+        with pytest.raises(ValueError, match="it must be a list of messages, each with its role and content"):
+            chatty().generate(prompt, 2)
+    with pytest.raises(ValueError, match="messages have no attention_mask"):
+        chatty().generate([whole], 2, attention_mask=np.ones((1, 3), int))
+    assert len(chatty().generate([[whole, whole], [whole]], 2)) == 2
+
+
+def test_traced_arguments_are_refused():
+    """Generation reads what it writes on the host; the message says so, whatever is traced, and what to do instead."""
+    says = "outside of jit, vmap and grad"
+
+    def steered(strength):
+        return generate(CONFIG, PARAMS, TOKENS, 2, edits={"blocks.0.hook_out": edits.Scale(strength)}).log_probs.sum()
+
+    for function, argument in (
+        (lambda model: model.generate(TOKENS, 2), HookedGemma3(CONFIG, PARAMS)),
+        (lambda tokens: HookedGemma3(CONFIG, PARAMS).generate(tokens, 2), TOKENS),
+        (lambda tokens: generate(CONFIG, PARAMS, tokens, 2).tokens, TOKENS),
+        (lambda heat: generate(CONFIG, PARAMS, TOKENS, 2, temperature=heat).tokens, 0.5),
+        (steered, 1.0),
+    ):
+        with pytest.raises(TypeError, match=says):
+            jax.jit(function)(argument)
+    with pytest.raises(TypeError, match=says):
+        jax.grad(steered)(1.0)
+    assert np.isfinite(steered(1.0))
+
+
 @pytest.mark.parametrize("function", ["read", "go_on"])
 def test_out_of_memory_says_what_was_asked_for(function, monkeypatch):
     """How many bytes, and by what; any other failure passes through."""
@@ -282,6 +314,9 @@ def test_out_of_memory_says_what_was_asked_for(function, monkeypatch):
     assert f"{asked:,} bytes for the keys and values of 3 rows of 80 tokens" in str(error.value)
     assert f"{captured:,} bytes for 3 captured sites" in str(error.value)
     assert "allocating 1 bytes" in str(error.value)
+    # Scores of the prompt take 8 heads of 16 x 16 at least; those of a token have 80 keys.
+    beside = int(re.search(r"running the model on it ([\d,]+) bytes", str(error.value))[1].replace(",", ""))
+    assert beside >= 3 * 8 * 4 * (16 * 16 if function == "read" else 80)
     # Where hook_attn_in is edited, each of the 8 query heads has keys and values of its own.
     with pytest.raises(MemoryError, match=f"{2 * 3 * 10 * 4 * (8 * 76 + 2 * 2 * 7):,} bytes for the keys and values"):
         write(edits={"blocks.1.hook_attn_in": edits.Scale(2.0)})

@@ -19,7 +19,7 @@ from gemma3_jax.forward import Edits, forward
 from gemma3_jax.generation.kv_cache import KVCache, append, empty_cache, past, positions
 from gemma3_jax.generation.sampling import Sampling, draw
 from gemma3_jax.hooks import Phase
-from gemma3_jax.sites import site
+from gemma3_jax.sites import layer_of, site
 
 
 @flax.struct.dataclass
@@ -90,7 +90,9 @@ def read(task: Task, tokens: jax.Array, start: jax.Array, *, new: int, keep_logi
     logits, activations, keys, values = _run(
         task, tokens, logits_at=None if looked_at else -1, attention_mask=mask, phase="prompt"
     )
-    cache = append(empty_cache(task.config, start, p + new, keys), keys, values)
+    # What an edit attends to behind the window must still be there.
+    whole = {layer_of(name) for name in task.edits if name.endswith(("attn.hook_attn_scores", "attn.hook_pattern"))}
+    cache = append(empty_cache(task.config, start, p + new, keys, whole=whole), keys, values)
     seen = None
     if task.sampling.repetition_penalty is not None:
         seen = jnp.zeros((b, task.config.vocab_size), bool).at[jnp.arange(b)[:, None], tokens].max(mask.astype(bool))

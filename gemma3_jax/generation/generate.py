@@ -20,6 +20,7 @@ from gemma3_jax.generation.decoding import Decoding, Task, go_on, read
 from gemma3_jax.generation.memory import in_memory
 from gemma3_jax.generation.sampling import row_keys, sampling
 from gemma3_jax.hooks import as_pytree
+from gemma3_jax.positions import check_mask
 from gemma3_jax.sites import site
 from gemma3_jax.stacking import unstack_layers
 
@@ -48,7 +49,8 @@ class Generation:
             and behind a row's stop token.
         attention_mask: [b, p + n] int32, 1 at real tokens.
         log_probs: [b, n] float32, of the new tokens under the model's own distribution; 0 behind a row's end.
-        logits: [b, n, V] float32 before any filter, or None.
+        logits: [b, n, V] float32 before any filter, or None. Behind a row's end they are those of padding, as captures
+            are, where other rows went on.
         cache: activations at the named sites over prompt and continuation, aligned with `tokens`: p + n - 1 positions,
             as the last token is never run.
     """
@@ -94,6 +96,8 @@ def generate(
     prompts are padded on the right, they are moved. Ready-made edits with values for their places are refused then;
     an edit of your own with such values must be given prompts that are padded on the left.
 
+    Not pure in the sense that `forward` is: call it outside of `jit`, `vmap` and `grad`.
+
     A token's step under a scan would copy the weights of every layer, so that stacked parameters are unstacked first.
 
     Memory: the KV cache, see `cache_bytes`; a second copy of stacked parameters; p + n positions of every captured
@@ -124,6 +128,7 @@ def generate(
     Raises:
         ValueError: a parameter out of range; no room for the tokens in the model's positions; an edit that needs a
             whole text, or never acts.
+        TypeError: an argument is being traced.
         MemoryError: with the bytes that were asked for.
 
     >>> from conversion import convert_checkpoint
@@ -188,6 +193,7 @@ def begin(
     **how: Any,
 ) -> tuple[Task, Decoding, Bounds]:
     """Check the arguments of `generate`, read the prompt and write the first token."""
+    refuse_traced((params, tokens, attention_mask, seed, eos_token_id, edits, how))
     rows, start = _aligned(config, tokens, attention_mask)
     b, p = rows.shape
     if config.use_bidirectional_attention:
@@ -263,6 +269,15 @@ def stream(task: Task, text: Decoding, bounds: Bounds) -> Iterator[Decoding]:
         yield text
 
 
+def refuse_traced(arguments: Any) -> None:
+    """Refuse values that `jit`, `vmap` or `grad` is tracing: the host reads what was written."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
+        raise TypeError(
+            "generation compiles its own loop and reads what it writes: call it outside of jit, vmap and grad; for a "
+            "gradient, or in a function that is compiled, call `forward` on the tokens that it wrote"
+        )
+
+
 def checked_count(max_new_tokens: Any) -> int:
     """Of any integer type, 1 at least."""
     try:
@@ -287,8 +302,7 @@ def _aligned(config: Gemma3Config, tokens: Any, attention_mask: Any) -> tuple[np
     given = np.atleast_2d(np.asarray(attention_mask))
     if given.shape != ids.shape:
         raise ValueError(f"attention_mask has shape {given.shape}; the prompt has {ids.shape}")
-    if not np.isin(given, (0, 1)).all():
-        raise ValueError("attention_mask must be 1 at real tokens and 0 at padding; it has something else")
+    check_mask(given)
     mask = given.astype(bool)
     rows = []
     for i, (row, real) in enumerate(zip(ids, mask, strict=True)):

@@ -8,7 +8,7 @@ column has just left the window.
 Axes: b batch, c columns of the whole text, p new columns, s slots, n heads with keys and values, e head_dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import flax.struct
 import jax
@@ -55,7 +55,8 @@ def cache_bytes(config: Gemma3Config, batch: int, capacity: int, dtype: DTypeLik
     Returns:
         Bytes of "full_attention" and "sliding_attention" layers, their "total", and "per_token": what one more column
         costs while it is beyond the window, which only global layers pay for. A layer whose `hook_attn_in` is edited
-        takes h / g times as much: every query head has keys and values of its own there.
+        takes h / g times as much: every query head has keys and values of its own there. One whose scores or pattern
+        are edited takes as much as a global one.
 
     >>> cache_bytes(Gemma3Config.preset("1b"), batch=1, capacity=32_768, dtype="bfloat16")
     {'full_attention': 134217728, 'sliding_attention': 11534336, 'total': 145752064, 'per_token': 4096}
@@ -74,6 +75,7 @@ def empty_cache(
     capacity: int,
     keys: Sequence[jax.Array] | None = None,
     dtype: DTypeLike = jnp.float32,
+    whole: Container[int | None] = (),
 ) -> KVCache:
     """A cache without a token in it.
 
@@ -83,10 +85,11 @@ def empty_cache(
         capacity: columns that it will hold.
         keys: of every layer [b, p, n, e], whose heads and dtype the cache takes. Default: those of the model.
         dtype: of keys and values, without `keys`.
+        whole: layers that keep every column, as global ones do: an edit of the pattern may look behind the window.
     """
 
     def zeros(layer: int) -> jax.Array:
-        s = slots(config, config.layer_types[layer], capacity)
+        s = capacity if layer in whole else slots(config, config.layer_types[layer], capacity)
         if keys is not None:
             return jnp.zeros((start.shape[0], s, *keys[layer].shape[2:]), keys[layer].dtype)
         return jnp.zeros((start.shape[0], s, config.num_key_value_heads, config.head_dim), dtype)

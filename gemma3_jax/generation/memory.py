@@ -21,9 +21,12 @@ def in_memory(function: Callable[..., Decoding], *arguments: Any, **static: Any)
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         # From the shapes, so that it is the truth of any edit and capture; of donated arrays they are known still.
-        asked = jax.eval_shape(functools.partial(function, **static), *arguments)
+        program = jax.jit(functools.partial(function, **static)).lower(*arguments)
+        analysis = program.compile().memory_analysis()  # which not every platform has
+        beside = f", and running the model on it {analysis.temp_size_in_bytes:,} bytes" if analysis else ""
         raise MemoryError(
-            f"out of memory ({error}) while the text needs {_size(asked)}. Ask for fewer rows, tokens or captures."
+            f"out of memory ({error}) while the text needs {_size(program.out_info)}{beside}. Ask for fewer "
+            "rows, tokens or captures."
         ) from error
 
 

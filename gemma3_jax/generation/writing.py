@@ -19,6 +19,7 @@ from gemma3_jax.generation.generate import (
     begin,
     checked_count,
     finish,
+    refuse_traced,
     stream,
     write_rest,
 )
@@ -199,9 +200,12 @@ class Writing(Text):
 
     def _prompt(self, input: Prompt, attention_mask: Any) -> tuple[np.ndarray, Any]:
         """Token ids [b, p] of any prompt, and their mask."""
+        refuse_traced((self.params, input, attention_mask))
         if not isinstance(input, str) and hasattr(input, "__len__") and not len(input):
             raise ValueError("the prompt is empty; give one text, or one row of ids, at least")
         if _is_chat(input):
+            if attention_mask is not None:
+                raise ValueError("messages have no attention_mask: it belongs to token ids")
             conversations = [input] if isinstance(input[0], Mapping) else input
             tokens, mask = self.encode([self._chat(messages) for messages in conversations])
         else:
@@ -209,6 +213,11 @@ class Writing(Text):
         return np.asarray(tokens), mask
 
     def _chat(self, messages: Any) -> str:
+        listed = not isinstance(messages, str | Mapping) and bool(messages)
+        if not listed or not all(isinstance(each, Mapping) and {"role", "content"} <= set(each) for each in messages):
+            raise ValueError(
+                f"a conversation is {messages!r}; it must be a list of messages, each with its role and content"
+            )
         tokenizer = self._need_tokenizer()
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("this checkpoint's tokenizer has no chat template; write the turns as text")
@@ -227,9 +236,10 @@ class Writing(Text):
 def _is_chat(input: Any) -> bool:
     if isinstance(input, str) or not isinstance(input, Sequence):
         return False
-    first = input[0]
-    return isinstance(first, Mapping) or (
-        isinstance(first, Sequence) and not isinstance(first, str) and len(first) > 0 and isinstance(first[0], Mapping)
+    # Wherever there is a message, all must be: what stands beside it is checked later.
+    return any(
+        isinstance(each, Mapping) or (isinstance(each, list | tuple) and any(isinstance(m, Mapping) for m in each))
+        for each in input
     )
 
 
