@@ -50,7 +50,8 @@ def convert_checkpoint(
 
     Returns:
         (config, params); params[f"blocks_{i}"]["attn"]["q"]["weight"] is [h, d, e], and so on down the table in
-        `conversion.gemma3`. The vision half of a multimodal checkpoint is left out, and named in one log message.
+        `conversion.gemma3`. The vision half of a multimodal checkpoint is left out, and named in one log message. The
+        config's stop tokens are those of `generation_config.json` where it has some, by which Hugging Face generates.
 
     Raises:
         CheckpointError: naming the file and the tensor: missing or unexpected keys, a wrong shape, a truncated

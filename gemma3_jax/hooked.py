@@ -39,7 +39,7 @@ class HookedGemma3(Writing, Streaming, Weights):
     Inputs are text, a list of texts (padded on the right, with the mask that belongs to it), or token ids [p] or
     [b, p]. Each set of captures, hook sites and input shape compiles once, and so do `return_type`, `stop_at_layer`,
     `pos_slice` and a mask's presence; other values compile nothing. The model is a pytree of its parameters: pass it to
-    a function of your own under `jit`, `grad` or `vmap` like an array.
+    a function of your own under `jit`, `grad` or `vmap` like an array, to do anything but generate.
 
     Args:
         config: shape of the model.

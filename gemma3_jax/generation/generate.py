@@ -96,7 +96,8 @@ def generate(
     prompts are padded on the right, they are moved. Ready-made edits with values for their places are refused then;
     an edit of your own with such values must be given prompts that are padded on the left.
 
-    Not pure in the sense that `forward` is: call it outside of `jit`, `vmap` and `grad`.
+    Arguments are checked and results are cut on the host: call it outside of `jit`, `vmap` and `grad`. The compiled
+    functions below it, `read` and `go_on` of `gemma3_jax.generation.decoding`, are pure.
 
     A token's step under a scan would copy the weights of every layer, so that stacked parameters are unstacked first.
 
