@@ -125,6 +125,9 @@ def test_local_layers_keep_a_window():
     cache = empty_cache(CONFIG, START, LENGTH)
     assert [keys.shape[1] for keys in cache.keys] == [7, LENGTH, 7]
     assert slots(CONFIG, "sliding_attention", 5) == 5
+    # But for layers that are to keep every column, which take what a global one does.
+    cache = empty_cache(CONFIG, START, LENGTH, whole={0})
+    assert [keys.shape[1] for keys in cache.keys] == [LENGTH, LENGTH, 7]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
