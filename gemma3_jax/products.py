@@ -4,12 +4,14 @@ A product of few rows, as in decoding, costs what reading its weights costs, unl
 first. Each function here has the form that was measured to avoid that; `python -m benchmarks` shows what comes of it.
 
 A single row has a form of its own on a CPU. XLA:CPU has no product of one bfloat16 row: it writes a float32 copy of the
-weights first, which makes 2 GB a second of 20 to 30.
+weights first, which makes 2 GB a second of 20 to 30. So have the few rows of a batch that is decoded, by large weights:
+XLA:CPU packs weights as for many rows, which leaves a sixth of its rate of operations.
 
 Axes: b batch, p position, d hidden_size, n heads, e head_dim, V vocabulary. Rows are the b * p vectors of x.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +20,18 @@ from jax.typing import DTypeLike
 # Up to so many rows, copying a weight by heads into one matrix costs more than moving what comes out of a product for
 # each head (512 rows: 0.9x to 5x as long; 2048 rows: 0.8x).
 FEW_ROWS = 512
-# Up to so many rows, a product that names the embedding first reads it once, in place of packing it.
-ROWS_BEHIND = 16
 # So many products of one row are added up before anything is written. XLA:CPU takes at most 15 into one loop; every
 # width of Gemma 3 is a multiple of 8.
 LANES = 8
+# Up to so many rows, XLA:CPU's products cost more by packing the weights than by multiplying: measured at 2 to 16.
+FEWEST_ROWS = 16
+# The loop that takes their place adds up so many terms in a turn, for about so many outputs, by blocks of so many
+# columns, whose weights stay in the first cache for all rows. (These are bounds; divisors of the sizes are taken.)
+TERMS, OUTPUTS, COLUMNS = 12, 8192, 384
+# It costs 40 ms to compile, which a smaller weight does not give back within some hundreds of tokens.
+LARGE = 4 * 2**20
+# So many rows of the embedding stay in the second cache, as float32.
+TOKENS = 512
 
 
 # Compiled, so that products of one shape are traced once: `einsum` takes a fifth of the time to trace the model.
@@ -52,19 +61,21 @@ def per_head_matmul(pattern: str, x: jax.Array, w: jax.Array) -> jax.Array:
 def linear(x: jax.Array, w: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
     """x [b, p, i] by w [i, o]: [b, p, o], of `dtype` or the dtype of x."""
     by_rows = functools.partial(matmul, "bpi,io->bpo", dtype=dtype)
-    if not _alone(x, w.shape[0]):
+    form = _form_on_cpu(x, w)
+    if form is None:
         return by_rows(x, w)
-    # [1, 1, i] x [1, i, o] -> [1, 1, 1, o] -> [1, 1, o]
-    return jax.lax.platform_dependent(x, w, cpu=lambda x, w: _one_row(x, w[None], dtype)[:, :, 0], default=by_rows)
+    # [b, 1, i] x [1, i, o] -> [b, 1, 1, o] -> [b, 1, o]
+    return jax.lax.platform_dependent(x, w, cpu=lambda x, w: form(x, w[None], dtype)[:, :, 0], default=by_rows)
 
 
 def heads_in(x: jax.Array, w: jax.Array) -> jax.Array:
     """x [b, p, d] by w [n, d, e]: [b, p, n, e]."""
     if x.shape[0] * x.shape[1] > FEW_ROWS:
         return matmul("bpd,nde->bpne", x, w)
-    if not _alone(x, w.shape[1]):
+    form = _form_on_cpu(x, w)
+    if form is None:
         return _by_heads(x, w)
-    return jax.lax.platform_dependent(x, w, cpu=_one_row, default=_by_heads)
+    return jax.lax.platform_dependent(x, w, cpu=form, default=_by_heads)
 
 
 def heads_out(z: jax.Array, w: jax.Array) -> jax.Array:
@@ -77,14 +88,16 @@ def heads_out(z: jax.Array, w: jax.Array) -> jax.Array:
 def unembed(x: jax.Array, embedding: jax.Array) -> jax.Array:
     """x [b, p, d] by the embedding [V, d]: logits [b, p, V] float32."""
     rows = x.shape[0] * x.shape[1]
-    if rows <= ROWS_BEHIND and x.dtype == jnp.float32:
-        # [V, d] x [b, p, d] -> [V, b, p] -> [b, p, V]; the barrier keeps XLA from turning the product around again
-        return jnp.moveaxis(jax.lax.optimization_barrier(matmul("vd,bpd->vbp", embedding, x)), 0, 2)
+    if rows <= FEWEST_ROWS and x.dtype == jnp.float32:
+        # [b, p, V]; the barrier keeps XLA from turning the product around again
+        return jnp.moveaxis(jax.lax.optimization_barrier(_embedding_first(x, embedding)), 0, 2)
     # [b, p, d] x [V, d] -> [b, p, V]
     by_rows = functools.partial(matmul, "bpd,vd->bpv", dtype=jnp.float32)
-    if rows > 1:
-        return by_rows(x, embedding)
-    return jax.lax.platform_dependent(x, embedding, cpu=_one_row_of_logits, default=by_rows)
+    if rows == 1:
+        return jax.lax.platform_dependent(x, embedding, cpu=_one_row_of_logits, default=by_rows)
+    if rows <= FEWEST_ROWS and x.dtype == jnp.bfloat16 and embedding.size >= LARGE:
+        return jax.lax.platform_dependent(x, embedding, cpu=_few_rows_of_logits, default=by_rows)
+    return by_rows(x, embedding)
 
 
 def looked_up(embedding: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -96,8 +109,15 @@ def looked_up(embedding: jax.Array, tokens: jax.Array) -> jax.Array:
     return embedding.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
-def _alone(x: jax.Array, inputs: int) -> bool:
-    return x.shape[0] * x.shape[1] == 1 and inputs % LANES == 0
+def _form_on_cpu(x: jax.Array, w: jax.Array) -> Callable[..., jax.Array] | None:
+    """What a CPU does with rows x [b, p, i] and w [..., i, o] in place of the usual product, if anything."""
+    (b, p, i), rows = x.shape, x.shape[0] * x.shape[1]
+    if i % LANES:
+        return None
+    if rows == 1:
+        return _one_row
+    decoded = p == 1 and b <= FEWEST_ROWS and x.dtype in (jnp.float32, jnp.bfloat16)
+    return _few_rows if decoded and w.size >= LARGE else None
 
 
 def _by_heads(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -124,6 +144,72 @@ def _one_row(x: jax.Array, w: jax.Array, dtype: DTypeLike | None = None) -> jax.
     return out.astype(x.dtype if dtype is None else dtype)[None, None]
 
 
+def _few_rows(x: jax.Array, w: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+    """x [b, 1, i] by w [n, i, o]: [b, 1, n, o]."""
+    return _in_turns(x, w).astype(x.dtype if dtype is None else dtype)
+
+
+@jax.custom_jvp
+@jax.jit
+def _in_turns(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [b, 1, i] by w [n, i, o]: [b, 1, n, o] float32, in turns that add a few inputs to every output.
+
+    A turn is a loop over elements, which XLA:CPU vectorizes; its weights come from memory for the first row and from
+    the cache for the others. The inputs are dealt to g groups, so that a turn has work enough.
+    """
+    b, (n, i, o) = x.shape[0], w.shape
+    terms, columns = _divisor(i, TERMS), _divisor(o, COLUMNS)
+    groups = _divisor(i // terms, -(-OUTPUTS // (n * o)))
+    # [g, a, b], where i = g * a
+    x32 = x[:, 0].astype(jnp.float32).T.reshape(groups, i // groups, b)
+
+    def turn(k: jax.Array, carried: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        out, w = _together(*carried)
+        # [n, g, a, c, m], where o = c * m; shaped here, as XLA:CPU copies weights with axes of 1 into a loop
+        blocks = _as_bits(w).reshape(n, groups, i // groups, o // columns, columns)
+        products = []
+        for a in range(terms):
+            at = functools.partial(
+                jax.lax.dynamic_index_in_dim, index=terms * k + a, keepdims=False, allow_negative_indices=False
+            )
+            # [g, 1, b, 1] * [n, g, c, 1, m] -> [n, g, c, b, m]
+            products.append(at(x32, axis=1)[:, None, :, None] * _from_bits(at(blocks, axis=2))[:, :, :, None])
+        # two sums, as an addition waits for the one before it
+        evens, odds = (functools.reduce(jnp.add, products[first::2]) for first in (0, 1))
+        return out + (evens + odds), w
+
+    nothing = jnp.zeros((n, groups, o // columns, b, columns), jnp.float32)
+    out, _ = jax.lax.fori_loop(0, i // groups // terms, turn, (nothing, w))
+    # [n, g, c, b, m] -> [n, c, b, m]
+    out = functools.reduce(jnp.add, [out[:, group] for group in range(groups)])
+    # [b, n, c, m] -> [b, 1, n, o]
+    return jnp.moveaxis(out, 2, 0).reshape(b, 1, n, o)
+
+
+# A loop has no derivative backwards without everything that it carried.
+_in_turns.defjvps(
+    lambda dx, _, x, w: matmul("bpi,nio->bpno", dx, w, jnp.float32),
+    lambda dw, _, x, w: matmul("bpi,nio->bpno", x, dw, jnp.float32),
+)
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor that is at most `most`."""
+    return max(divisor for divisor in range(1, most + 1) if number % divisor == 0)
+
+
+def _as_bits(w: jax.Array) -> jax.Array:
+    """bfloat16 as uint16: XLA:CPU takes bfloat16 from changing places by way of float32, in a loop of its own."""
+    return jax.lax.bitcast_convert_type(w, jnp.uint16) if w.dtype == jnp.bfloat16 else w
+
+
+def _from_bits(w: jax.Array) -> jax.Array:
+    """Float32 of what `_as_bits` gave: bfloat16 is the upper half of float32."""
+    if w.dtype != jnp.uint16:
+        return w.astype(jnp.float32)
+    return jax.lax.bitcast_convert_type(w.astype(jnp.uint32) << 16, jnp.float32)
+
+
 @jax.jit
 def _one_row_of_logits(x: jax.Array, embedding: jax.Array) -> jax.Array:
     """x [1, 1, d] by the embedding [V, d]: [1, 1, V] float32, by a loop over tokens."""
@@ -132,6 +218,39 @@ def _one_row_of_logits(x: jax.Array, embedding: jax.Array) -> jax.Array:
     columns = jax.lax.optimization_barrier(embedding.T)
     # [d, V] x [d] -> [V]
     return matmul("dv,d->v", columns.astype(jnp.float32), x[0, 0].astype(jnp.float32))[None, None]
+
+
+@jax.custom_jvp
+@jax.jit
+def _few_rows_of_logits(x: jax.Array, embedding: jax.Array) -> jax.Array:
+    """x [b, p, d] by the embedding [V, d]: [b, p, V] float32, by products of a few of its rows, in float32.
+
+    A product of all rows would keep a transposed copy of the embedding, and still read it at a third of the rate.
+    """
+    x32, tokens = x.astype(jnp.float32), min(TOKENS, len(embedding))
+
+    def turn(k: jax.Array, carried: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        logits, embedding = _together(*carried)
+        # the last turn begins early enough to be whole
+        first = jnp.minimum(k * tokens, len(embedding) - tokens)
+        piece = jax.lax.dynamic_slice_in_dim(embedding, first, tokens).astype(jnp.float32)
+        return jax.lax.dynamic_update_slice_in_dim(logits, _embedding_first(x32, piece), first, 0), embedding
+
+    nothing = jnp.zeros((len(embedding), *x.shape[:2]), jnp.float32)
+    logits, _ = jax.lax.fori_loop(0, -(-len(embedding) // tokens), turn, (nothing, embedding))
+    # [b, p, V]
+    return jnp.moveaxis(logits, 0, 2)
+
+
+_few_rows_of_logits.defjvps(
+    lambda dx, _, x, embedding: matmul("bpd,vd->bpv", dx, embedding, jnp.float32),
+    lambda change, _, x, embedding: matmul("bpd,vd->bpv", x, change, jnp.float32),
+)
+
+
+def _embedding_first(x: jax.Array, embedding: jax.Array) -> jax.Array:
+    """x [b, p, d] by the embedding [V, d], float32: [V, b, p], which reads it once, in place of packing it."""
+    return matmul("vd,bpd->vbp", embedding, x)
 
 
 def _together(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:

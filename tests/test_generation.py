@@ -14,9 +14,19 @@ from small_model import difference, direction
 from written import BAR, CONFIG, LENGTHS, MASK, NEW, PARAMS, TOKENS, P, write
 
 from conversion import convert_checkpoint
-from gemma3_jax import TINY, Gemma3Config, HookedGemma3, edits, forward, hooked
+from gemma3_jax import TINY, Gemma3Config, HookedGemma3, edits, forward, hooked, products
 from gemma3_jax.generation import decoding
 from gemma3_jax.generation.generate import generate
+
+
+@pytest.fixture(params=["by rows", "by turns"])
+def every_product(request, monkeypatch):
+    """The usual products, and those that decoding several rows by large weights has on a CPU."""
+    monkeypatch.setattr(products, "LARGE", products.LARGE if request.param == "by rows" else 1)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
 
 # Hugging Face
 
@@ -30,7 +40,7 @@ def hf_greedy(model, tokens, mask, new, **options):
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_greedy_tokens_are_those_of_hugging_face(tied):
+def test_greedy_tokens_are_those_of_hugging_face(every_product, tied):
     """Rows of unequal length, padded on the left, 64 new tokens: ten windows."""
     model, config, params = lively(tied)
     theirs = hf_greedy(model, TOKENS, MASK, 64, eos_token_id=None)
@@ -89,7 +99,7 @@ def test_the_repetition_penalty_is_that_of_hugging_face():
 # Other arithmetic
 
 
-def test_in_bfloat16_the_cache_changes_nothing_but_rounding():
+def test_in_bfloat16_the_cache_changes_nothing_but_rounding(every_product):
     """As near to float32 as one forward in bfloat16 is, and its tokens wherever that forward's choice is clear."""
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)

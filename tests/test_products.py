@@ -66,11 +66,40 @@ def test_products_are_exact_to_rounding(name, dtype, rows, width, seed):
     assert (worse > bar(name, x, w, out)).any()  # control
 
 
+# Batches that are decoded, by weights that are large enough for a form of their own: sizes of [b, 1, i] and of w.
+BATCHES = {
+    "linear": ((3, 1, 1160), (1160, 3620)),
+    "heads_in": ((16, 1, 1152), (4, 1152, 914)),
+    "heads_out": ((2, 1, 8, 512), (8, 512, 1025)),
+    "unembed": ((5, 1, 832), (5051, 832)),
+}
+
+
 @form
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_one_row_has_the_derivatives_of_its_product(name, dtype):
+def test_few_rows_by_large_weights_are_exact_to_rounding(name, dtype):
+    """Of sizes that no block divides: a last turn that begins early, and groups of inputs."""
+    rng = np.random.default_rng(2)
+    x, w = (jnp.asarray(rng.standard_normal(shape)).astype(dtype) for shape in BATCHES[name])
+    product = getattr(products, name)
+    out = product(x, w)
+    error = np.abs(np.asarray(out, np.float64) - exact(name, x, w))
+    assert (error <= bar(name, x, w, out)).all()
+    off = exact(name, x, w) - exact(name, x, w.at[..., -1, -1].set(0))  # control: a single weight is missed
+    assert (np.abs(off) > bar(name, x, w, out)).any()
+    # float32 logits have no loop: the product that names the embedding first is fast enough
+    assert ("while" in jax.jit(product).lower(x, w).as_text()) == ((name, dtype) != ("unembed", "float32"))
+    small = w[:8] if name == "unembed" else w[..., :8]
+    assert "while" not in jax.jit(product).lower(x, small).as_text()  # control
+
+
+@form
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_few_rows_have_the_derivatives_of_their_product(monkeypatch, name, dtype, rows):
     """By both operands, and for a batch of inputs under `vmap`: to rounding what the einsum in float32 gives."""
-    x, w = operands(name, dtype)
+    monkeypatch.setattr(products, "LARGE", 1)
+    x, w = operands(name, dtype, rows)
     xs = jnp.stack([x, 2 * x, -x])
     weight = jnp.asarray(np.random.default_rng(1).standard_normal(exact(name, x, w).shape), jnp.float32)
 
@@ -102,23 +131,25 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-def set_aside(dtype: str) -> int:
-    """Bytes that the decoding loop sets aside, for weights of 270m's widths: V is 8192, d 640, f 2048."""
+def set_aside(dtype: str, b: int) -> int:
+    """Bytes that the decoding loop sets aside, for b rows and weights of 270m's widths: V is 8192, d 640, f 2048."""
     types = ("sliding_attention", "full_attention")
     small = {"vocab_size": 8192, "num_hidden_layers": 2, "layer_types": types, "max_position_embeddings": 64}
     config = dataclasses.replace(Gemma3Config.preset("270m"), **small)
     shapes = jax.eval_shape(Gemma3(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, dtype if leaf.ndim > 1 else leaf.dtype), shapes)
-    task, text, bounds = begin(config, params, [[5, 6]], 4)
+    task, text, bounds = begin(config, params, [[5, 6]] * b, 4)
     compiled = decoding.go_on.lower(task, text, jnp.int32(bounds.new - 1)).compile()
     jax.clear_caches()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.parametrize("b", [1, 8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_decoding_copies_no_weights(optimized, monkeypatch, dtype):
+def test_decoding_copies_no_weights(optimized, monkeypatch, dtype, b):
     """XLA:CPU would convert bfloat16 weights to float32 before the loop over tokens, and keep them besides."""
-    assert set_aside(dtype) < 640 * 2048 * 4  # one matrix of the MLP
+    monkeypatch.setattr(products, "LARGE", 640 * 2048)
+    assert set_aside(dtype, b) < 640 * 2048 * 4  # one matrix of the MLP
     if dtype == "bfloat16":
         monkeypatch.setattr(products, "_together", lambda x, y: (x, y))
-        assert set_aside(dtype) > 8192 * 640 * 4  # control: the embedding, and more
+        assert set_aside(dtype, b) > 8192 * 640 * 4  # control: the embedding, and more
