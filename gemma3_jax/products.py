@@ -30,8 +30,10 @@ FEWEST_ROWS = 16
 TERMS, OUTPUTS, COLUMNS = 12, 8192, 384
 # It costs 40 ms to compile, which a smaller weight does not give back within some hundreds of tokens.
 LARGE = 4 * 2**20
-# So many rows of the embedding stay in the second cache, as float32.
-TOKENS = 512
+# So many rows of the embedding stay in the caches, as float32.
+TOKENS = 1024
+# From jax 0.11 on, XLA:CPU copies what is transposed in front of a barrier.
+COPIES_BEFORE_BARRIERS = jax.__version_info__ >= (0, 11)
 
 
 # Compiled, so that products of one shape are traced once: `einsum` takes a fifth of the time to trace the model.
@@ -93,7 +95,7 @@ def unembed(x: jax.Array, embedding: jax.Array) -> jax.Array:
         return jnp.moveaxis(jax.lax.optimization_barrier(_embedding_first(x, embedding)), 0, 2)
     # [b, p, d] x [V, d] -> [b, p, V]
     by_rows = functools.partial(matmul, "bpd,vd->bpv", dtype=jnp.float32)
-    if rows == 1:
+    if rows == 1 and not COPIES_BEFORE_BARRIERS:
         return jax.lax.platform_dependent(x, embedding, cpu=_one_row_of_logits, default=by_rows)
     if rows <= FEWEST_ROWS and x.dtype == jnp.bfloat16 and embedding.size >= LARGE:
         return jax.lax.platform_dependent(x, embedding, cpu=_few_rows_of_logits, default=by_rows)
