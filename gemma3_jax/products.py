@@ -28,7 +28,8 @@ FEWEST_ROWS = 16
 # The loop that takes their place adds up so many terms in a turn, for about so many outputs, by blocks of so many
 # columns, whose weights stay in the first cache for all rows. (These are bounds; divisors of the sizes are taken.)
 TERMS, OUTPUTS, COLUMNS = 12, 8192, 384
-# It costs 40 ms to compile, which a smaller weight does not give back within some hundreds of tokens.
+# It costs 40 ms to compile. 1b's MLP gives that back within some fifteen tokens; weights of 270m and of 1b's attention
+# take fifty to a hundred, and some of them, in bfloat16, never do.
 LARGE = 4 * 2**20
 # So many rows of the embedding stay in the caches, as float32.
 TOKENS = 1024
