@@ -11,6 +11,7 @@ from benchmarks.rows import Figure
 RESULTS = Path(__file__).parent / "results"
 TITLES = {
     "forward": "Forward",
+    "parts": "Parts of a forward pass",
     "capture": "Capture",
     "edit": "Edit",
     "gradient": "Gradient",

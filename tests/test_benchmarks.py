@@ -1,5 +1,6 @@
 """The benchmark suite runs from end to end, so that it cannot rot, and its ratios follow what they measure."""
 
+import dataclasses
 import json
 import math
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks import forward, products, report
+from benchmarks import forward, parts, report
 from benchmarks.limits import shares
 from benchmarks.rows import Figure, Row, Settings, forward_flops, narrow
 from gemma3_jax import Gemma3
@@ -68,9 +69,18 @@ def test_products_alone_are_those_of_a_forward_pass():
     """They have its operations, but for the few of attention; those of a layer less are fewer."""
     config, x = narrow(6), jax.ShapeDtypeStruct((1, 2, narrow(6).hidden_size), "float32")
     shapes = jax.eval_shape(lambda: Gemma3(config).init(jax.random.key(0), jax.numpy.zeros((1, 2), int)))["params"]
-    counted = products.port.lower(config, shapes, x, True).compile().cost_analysis()
+    counted = parts.products.lower(config, shapes, x, True).compile().cost_analysis()
     assert forward_flops(config, 1, 2) == pytest.approx(counted["flops"], rel=0.05)
     assert forward_flops(narrow(5), 1, 2) != pytest.approx(counted["flops"], rel=0.05)
+
+
+def test_attention_alone_is_that_of_every_layer():
+    """It has the operations of all its scores and mixtures, but for the softmax; those of a layer more are more."""
+    config = dataclasses.replace(narrow(6), head_dim=64)
+    shapes = [jax.ShapeDtypeStruct((1, 16, n, 64), "float32") for n in (4, 1, 1)]
+    counted = parts.attention.lower(config, *shapes).compile().cost_analysis()
+    assert counted["flops"] == pytest.approx(6 * 4 * 16 * 16 * 4 * 64, rel=0.1)
+    assert counted["flops"] != pytest.approx(7 * 4 * 16 * 16 * 4 * 64, rel=0.1)
 
 
 def test_goals_and_shares():

@@ -1,0 +1,106 @@
+"""Where the time of a forward pass goes: its matrix products alone, its attention alone, and the rest.
+
+The products are also timed in torch, by the modules of a Hugging Face model. No forward pass of torch is faster than
+its products, so that they bound what a peer can do where a whole pass of it would take too long to wait for.
+
+Every weight is multiplied once, by random rows; the results are added up, so that none can be left out.
+
+Axes: b batch, p position, d hidden_size, n heads, e head_dim, f intermediate_size, V vocabulary.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+
+from benchmarks import peers
+from benchmarks.forward import cases, logits_of
+from benchmarks.rows import Figure, Row, Settings, forward_flops
+from benchmarks.timing import interleaved
+from gemma3_jax import Gemma3Config
+from gemma3_jax.attention import visible
+from gemma3_jax.kernels import SHORT, attend, dense
+from gemma3_jax.products import heads_in, heads_out, linear, unembed
+
+
+def rows(settings: Settings) -> Iterator[Row]:
+    """A row for each dtype and shape."""
+    for dtype in settings.dtypes:
+        for shape, everywhere in cases(settings):
+            yield _row(settings, dtype, shape, everywhere)
+            jax.clear_caches()
+
+
+@functools.partial(jax.jit, static_argnames=("config", "everywhere"))
+def products(config: Gemma3Config, params: Any, x: jax.Array, everywhere: bool) -> jax.Array:
+    """[b, p or 1, V] of x [b, p, d]: the products of the port, in the forms that `gemma3_jax.products` gives them."""
+    for i in range(config.num_hidden_layers):
+        attn, mlp = params[f"blocks_{i}"]["attn"], params[f"blocks_{i}"]["mlp"]
+        q, k, v = (heads_in(x, attn[name]["weight"]) for name in "qkv")
+        # [b, p, d] + a number of the keys and values, which cannot be left out then
+        x = heads_out(q, attn["o"]["weight"]) + (k + v)[0, 0, 0, 0]
+        x = linear(linear(x, mlp["gate"]["weight"]) + linear(x, mlp["in"]["weight"]), mlp["out"]["weight"])
+    x = x if everywhere else x[:, -1:]
+    return (
+        unembed(x, params["embed"]["weight"]) if config.tie_word_embeddings else linear(x, params["unembed"]["weight"])
+    )
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def attention(config: Gemma3Config, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """[b, p, n, e]: what every layer makes of queries [b, p, n, e] that the layer before it made."""
+    scale, columns = config.query_pre_attn_scalar**-0.5, jnp.arange(q.shape[1])
+    for kind in config.layer_types:
+        mask = visible(config, kind, q.shape[1], None)
+        short = q.shape[1] < SHORT
+        q = dense(q, k, v, scale, mask.seen(columns, columns)) if short else attend(q, k, v, scale, mask)
+    return q
+
+
+def torch_products(model: Any, x: torch.Tensor, everywhere: bool) -> Any:
+    """The same products by the modules of a Hugging Face model; one number, once all are done."""
+    with torch.inference_mode():
+        for layer in model.model.layers:
+            attn, mlp = layer.self_attn, layer.mlp
+            x = attn.o_proj(attn.q_proj(x)) + (attn.k_proj(x) + attn.v_proj(x))[0, 0, 0]
+            x = mlp.down_proj(mlp.gate_proj(x) + mlp.up_proj(x))
+        logits = model.lm_head(x if everywhere else x[:, -1:])
+        return logits[0, -1, 0].item()
+
+
+def inputs(config: Gemma3Config, model: Any, dtype: str, shape: tuple[int, int]) -> tuple[jax.Array, torch.Tensor]:
+    """The same random rows [b, p, d] for both."""
+    x = jax.random.normal(jax.random.key(0), (*shape, config.hidden_size))
+    return x.astype(dtype), torch.tensor(x.tolist(), dtype=getattr(torch, dtype), device=model.device)
+
+
+def _row(settings: Settings, dtype: str, shape: tuple[int, int], everywhere: bool) -> Row:
+    config = settings.config
+    model, params, _, ids = peers.pair(config, dtype, shape)
+    tokens, at = jnp.asarray(ids), None if everywhere else jnp.int32(-1)
+    x, torch_x = inputs(config, model, dtype, shape)
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    keys = jax.random.split(jax.random.key(1), 3)
+    # [b, p, n, e]
+    qkv = [jax.random.normal(key, (*shape, n, config.head_dim), dtype) for key, n in zip(keys, heads, strict=True)]
+    runs = {
+        "port": functools.partial(logits_of, config, params, tokens, at),
+        "port, products": functools.partial(products, config, params, x, everywhere),
+        "port, attention": functools.partial(attention, config, *qkv),
+        "torch, products": functools.partial(torch_products, model, torch_x, everywhere),
+    }
+    seconds = interleaved(runs, settings.rounds)
+    whole, multiplied, attended, theirs = (seconds[name] for name in runs)
+    figures = (
+        Figure("products", multiplied / whole, percent=True),
+        Figure("attention", attended / whole, percent=True),
+        Figure("the rest", 1 - (multiplied + attended) / whole, percent=True),
+        Figure("torch's products / port's", theirs / multiplied),
+        Figure("torch's products / port", theirs / whole),
+    )
+    where = "all logits" if everywhere else "last logits"
+    flops = forward_flops(config, *shape, None if everywhere else 1)
+    return Row(f"{shape[0]} x {shape[1]}, {where}", dtype, seconds, figures, flops=flops)
