@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from gemma3_jax.config import Gemma3Config, LayerType
 from gemma3_jax.hooks import HookPoint, site_of
-from gemma3_jax.kernels import SHORT, Mask, attend, mix, mixed, scores
+from gemma3_jax.kernels import SHORT, Mask, OneOf, attend, mix, mixed, scores
 from gemma3_jax.layers import HeadsIn, HeadsOut, RMSNorm, rotate
 
 
@@ -97,7 +97,7 @@ class Attention(nn.Module):
         self,
         x: jax.Array,
         tables: tuple[jax.Array, jax.Array],
-        mask: Mask,
+        mask: Mask | OneOf,
         head_changes: tuple[jax.Array, jax.Array, jax.Array] | None = None,
         past: Past | None = None,
     ) -> jax.Array:
@@ -130,7 +130,7 @@ class Attention(nn.Module):
         return o(z, hook_result, name in self.edited)
 
     def _shown(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: Mask, past: Past | None
+        self, q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: Mask | OneOf, past: Past | None
     ) -> jax.Array:
         """[b, p, h, e]: attention whose scores and pattern pass through their hooks."""
         columns = jnp.arange(q.shape[1])

@@ -38,21 +38,20 @@ class HookPoint(nn.Module):
 
 
 class Repeated(nn.Module):
-    """A body of a scan: at each step its children `place_0`, `place_1`, ... are the blocks of other layers.
+    """A body of a scan: at each step its child `block` is the block of another layer.
 
     It is called with the step [] as second argument.
 
     Attributes:
-        layers: for each place the layers that it stands for, step by step. With one step only, children have the names
-            that blocks have outside of a scan.
+        layers: those that the child stands for, step by step. Of one only, it has the name that it has outside of a
+            scan.
     """
 
-    layers: tuple[tuple[int, ...], ...]
+    layers: tuple[int, ...]
 
     def names(self, site: str) -> list[str]:
-        """The canonical names, step by step, of a site of the body: place_3.attn.hook_out -> blocks.3.attn..."""
-        place, rest = site.split(".", 1)
-        return [f"blocks.{layer}.{rest}" for layer in self.layers[int(place.removeprefix("place_"))]]
+        """The canonical names, step by step, of a site of the body: block.attn.hook_out -> blocks.3.attn.hook_out."""
+        return [f"blocks.{layer}.{site.removeprefix('block.')}" for layer in self.layers]
 
 
 @flax.struct.dataclass
@@ -217,7 +216,7 @@ def interceptor(
 
     def intercept(next_fun, args, kwargs, context):
         module = context.module
-        if isinstance(module, Repeated) and context.method_name == "__call__" and len(module.layers[0]) > 1:
+        if isinstance(module, Repeated) and context.method_name == "__call__" and len(module.layers) > 1:
             scans.append((module, args[1]))
             try:
                 return next_fun(*args, **kwargs)

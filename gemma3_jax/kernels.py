@@ -50,6 +50,23 @@ class Mask:
         return near[None] if self.real is None else near & self.real[:, None]
 
 
+@flax.struct.dataclass
+class OneOf:
+    """One of several masks for the same keys, chosen by data: layers of several types, run by one program.
+
+    Attributes:
+        which: [] int32, the place of the mask that holds.
+        masks: all of them.
+    """
+
+    which: jax.Array
+    masks: tuple[Mask, ...]
+
+    def seen(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        """As `Mask.seen`."""
+        return jax.lax.select_n(self.which, *(mask.seen(queries, keys) for mask in self.masks))
+
+
 def scores(q: jax.Array, k: jax.Array, scale: float, seen: jax.Array) -> jax.Array:
     """[b, h, p, k] float32: `q . k * scale`, and the lowest float32 where `seen` [1 or b, p, k] is false.
 
@@ -75,7 +92,7 @@ def mixed(pattern: jax.Array, v: jax.Array) -> jax.Array:
     return matmul("bgrpk,bkge->bpgre", grouped, v, jnp.float32).reshape(b, p, h, -1)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: Mask) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: Mask | OneOf) -> jax.Array:
     """[b, p, h, e]: attention of q [b, p, h, e] over k and v [b, p, g, e] that never holds all scores.
 
     What is several windows long is `banded`, the rest `chunked`; below `SHORT` tokens `dense` is as fast. A query that
@@ -88,6 +105,9 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: Mask) -
     >>> bool(jnp.allclose(attend(q, kv, kv, 0.5, near), slow, atol=1e-6))
     True
     """
+    if isinstance(mask, OneOf):
+        branches = [functools.partial(attend, scale=scale, mask=each) for each in mask.masks]
+        return jax.lax.switch(mask.which, branches, q, k, v)
     several = q.shape[1] > 2 * (mask.before + mask.after + CHUNK)
     return (banded if several else chunked)(q, k, v, scale, mask)
 

@@ -4,7 +4,6 @@ Axes: b batch, p position, d hidden_size, f intermediate_size, h query heads, g 
 """
 
 import functools
-import math
 import operator
 from collections.abc import Sequence
 
@@ -15,11 +14,10 @@ import jax.numpy as jnp
 from gemma3_jax.attention import Attention, Past, visible
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.hooks import HookPoint, site_of
-from gemma3_jax.kernels import Mask
+from gemma3_jax.kernels import Mask, OneOf
 from gemma3_jax.layers import Embed, Linear, RMSNorm, Unembed, rope_tables
 from gemma3_jax.positions import at_positions, default_positions
 from gemma3_jax.scan import from_layer, run_stacked
-from gemma3_jax.stacking import repeats
 
 
 class GatedMLP(nn.Module):
@@ -46,7 +44,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, tables: tuple[jax.Array, jax.Array], mask: Mask, past: Past | None = None
+        self, x: jax.Array, tables: tuple[jax.Array, jax.Array], mask: Mask | OneOf, past: Past | None = None
     ) -> jax.Array:
         c = self.config
         ln1 = RMSNorm(c.hidden_size, c.rms_norm_eps, name="ln1")
@@ -102,9 +100,9 @@ class Gemma3(nn.Module):
             two more, `hook_attn_scores` and `hook_pattern`. `forward` fills it in; an interceptor of your own needs it
             for these, and for no other.
         edited: those of them that are edited.
-        scan_layers: scan over the periods in which the layer types repeat, which compiles a deep model as fast as a
-            shallow one: the parameters are in the layout of `gemma3_jax.stack_layers`. An interceptor of your own sees
-            the modules of one period, `place_0` and so on, in place of `blocks_0`.
+        scan_layers: scan over the layers, which compiles a deep model as fast as a shallow one: the parameters are in
+            the layout of `gemma3_jax.stack_layers`. An interceptor of your own sees one module, `block`, in place of
+            `blocks_0` and so on.
     """
 
     config: Gemma3Config
@@ -157,13 +155,12 @@ class Gemma3(nn.Module):
         masks = {kind: visible(c, kind, length, attention_mask) for kind in kinds}
         start_at_layer = layer_from_front(start_at_layer, c.num_hidden_layers)
         block_of = functools.partial(Block, c)
-        stacked = 0
         if self.scan_layers:
-            stacked = math.prod(repeats(c))
             x = run_stacked(self, block_of, x, (tables, masks), start_at_layer, stop_at_layer, past)
-        for i, kind in list(enumerate(c.layer_types[:stop_at_layer]))[stacked:]:
-            block = block_of(self.watched, self.edited, name=f"blocks_{i}")
-            x = from_layer(start_at_layer, i, block, x, tables[kind], masks[kind], None if past is None else past[i])
+        else:
+            for i, kind in enumerate(c.layer_types[:stop_at_layer]):
+                beside = tables[kind], masks[kind], None if past is None else past[i]
+                x = from_layer(start_at_layer, i, block_of(self.watched, self.edited, name=f"blocks_{i}"), x, *beside)
         if stop_at_layer is not None:
             return x
         x = RMSNorm(c.hidden_size, c.rms_norm_eps, name="ln_final")(x)

@@ -1,7 +1,7 @@
-"""Running blocks from stacked parameters: one period is traced, and scanned over all of them.
+"""Running blocks from stacked parameters: one block is traced, and scanned over the layers.
 
 What a layer computes is what it computes outside of a scan, exactly as far as XLA's fusions are: where a layer has to
-compute something of its own, because of what is watched there, its period is run by itself.
+compute something of its own, because of what is watched there, it is run apart from the others.
 """
 
 import functools
@@ -17,22 +17,22 @@ from flax.core.scope import subtract_filters
 from gemma3_jax.attention import Past
 from gemma3_jax.config import Gemma3Config, LayerType
 from gemma3_jax.hooks import CAPTURES, Repeated
-from gemma3_jax.kernels import SHORT
+from gemma3_jax.kernels import SHORT, Mask, OneOf
 from gemma3_jax.sites import layer_of
-from gemma3_jax.stacking import PERIODS, layer_params, repeats
+from gemma3_jax.stacking import BLOCKS, layer_params
 
 # Sites that change how a block computes when somebody watches or edits them; the second set in a long text only.
 PER_HEAD = frozenset({"hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input", "attn.hook_result"})
 SCORES = frozenset({"attn.hook_attn_scores", "attn.hook_pattern"})
 
-# For each block of a body, the layers that it stands for, step by step.
-Places = tuple[tuple[int, ...], ...]
 # From the names that are watched and edited, and its own, a block.
 MakeBlock = Callable[..., nn.Module]
+# For each layer type the tables and the mask that its blocks take.
+Context = tuple[Mapping[LayerType, tuple[jax.Array, jax.Array]], Mapping[LayerType, Mask]]
 
 
 class Body(Repeated):
-    """Consecutive blocks of one period: for several periods, the body of a scan; for one, just these blocks."""
+    """One block: that of several layers, as the body of a scan, or of one."""
 
     config: Gemma3Config
     make_block: MakeBlock
@@ -45,37 +45,33 @@ class Body(Repeated):
         x: jax.Array,
         step: jax.Array | int,
         start: jax.Array | None,
-        context: tuple[Mapping[LayerType, Any], ...],
+        context: Context,
         past: Sequence[Past] | None = None,
     ) -> jax.Array:
-        """[b, p, d] -> [b, p, d]; `context` has for each layer type what its blocks take beside x."""
-        watched, edited = self._at_places(self.watched), self._at_places(self.edited)
-        for place, (first, *others) in enumerate(self.layers):
-            block = self.make_block(watched, edited, name=f"place_{place}" if others else f"blocks_{first}")
-            kind = self.config.layer_types[first]
-            beside = (*(each[kind] for each in context), None if past is None else past[first])
-            x = from_layer(start, first + step * len(self.layers), block, x, *beside)
-        return x
+        """[b, p, d] -> [b, p, d]; `past` of one layer only."""
+        first, *others = self.layers
+        watched, edited = (self._here(names) if others else names for names in (self.watched, self.edited))
+        block = self.make_block(watched, edited, name="block" if others else f"blocks_{first}")
+        kinds = [self.config.layer_types[layer] for layer in self.layers]
+        beside = (*_of_step(kinds, step, context), None if past is None else past[first])
+        return from_layer(start, first + step, block, x, *beside)
 
-    def _at_places(self, names: frozenset[str]) -> frozenset[str]:
-        """The names as modules of this body know them: blocks.9.hook_in -> place_3.hook_in."""
-        if len(self.layers[0]) == 1:
-            return names
-        places = {layer: place for place, layers in enumerate(self.layers) for layer in layers}
-        inside = [name.split(".", 2) for name in names if layer_of(name) in places]
-        return frozenset(f"place_{places[int(layer)]}.{rest}" for _, layer, rest in inside)
+    def _here(self, names: frozenset[str]) -> frozenset[str]:
+        """The names as modules of this body know them: blocks.9.hook_in -> block.hook_in."""
+        inside = [name.split(".", 2) for name in names if layer_of(name) in self.layers]
+        return frozenset(f"block.{rest}" for _, _, rest in inside)
 
 
 def run_stacked(
     model: Any,
     make_block: MakeBlock,
     x: jax.Array,
-    context: tuple[Mapping[LayerType, Any], ...],
+    context: Context,
     start: int | jax.Array | None,
     stop: int | None,
     past: Sequence[Past] | None,
 ) -> jax.Array:
-    """Run those of the blocks `start` to `stop` that are stacked, in `model`, a compact module that is being called.
+    """Run the blocks `start` to `stop` in `model`, a compact module that is being called.
 
     Args:
         model: has `config`, `watched` and `edited`, and the stacked parameters, which it gets when it is initialized.
@@ -87,7 +83,7 @@ def run_stacked(
         past: for each layer what is seen of a KV cache. Then no layer is scanned, as each step would copy its weights.
 
     Returns:
-        [b, p, d], the residual stream behind the last stacked block that was run.
+        [b, p, d], the residual stream behind the last block that was run.
     """
     config = model.config
     make_body = functools.partial(
@@ -99,12 +95,14 @@ def run_stacked(
     special = PER_HEAD if x.shape[1] < SHORT else PER_HEAD | SCORES
     layers_run = range(config.num_hidden_layers)[start if known else None : stop]
     for layers in _runs(model, layers_run, special if past is None else None):
-        body = make_body(layers=layers)
+        body, first = make_body(layers=layers), layers[0]
         beside = None if known else start, context, past
-        if len(layers[0]) > 1:
+        if len(layers) > 1:
             x, found = _scan(body, stacked, x, beside, mutable)
+            # The name that layers have in a collection of somebody's own, whose values are stacked.
+            found = {kind: {f"{BLOCKS}_{first}_to_{layers[-1]}": each["block"]} for kind, each in found.items()}
         else:
-            params = {f"blocks_{layer}": layer_params(config, {PERIODS: stacked}, layer) for (layer,) in layers}
+            params = {f"blocks_{first}": layer_params(config, {BLOCKS: stacked}, first)}
             x, found = body.apply({"params": params}, x, 0, *beside, mutable=mutable)
         for collection, values in found.items():
             for name, value in values.items():
@@ -127,60 +125,61 @@ def from_layer(
     return nn.cond(layer >= start, lambda block, x: block(x, *context), lambda block, x: x, block, x)
 
 
-def _parameters(model: Any, make_body: Callable[..., Body], x: jax.Array, context: Any) -> Any:
+def _of_step(
+    kinds: Sequence[LayerType], step: jax.Array | int, context: Context
+) -> tuple[tuple[jax.Array, jax.Array], Mask | OneOf]:
+    """The tables and the mask of the layer that the step runs, `kinds` being the layer types step by step."""
+    tables, masks = context
+    there = sorted(set(kinds))
+    if len(there) == 1:
+        return tables[there[0]], masks[there[0]]
+    which = jnp.asarray([there.index(kind) for kind in kinds])[step]
+    cos, sin = (jax.lax.select_n(which, *alike) for alike in zip(*(tables[kind] for kind in there), strict=True))
+    return (cos, sin), OneOf(which, tuple(masks[kind] for kind in there))
+
+
+def _parameters(model: Any, make_body: Callable[..., Body], x: jax.Array, context: Context) -> Any:
     """The stacked parameters, made when the model is initialized."""
-    length, n = repeats(model.config)
-    if not n:
-        return {}
+    layers = model.config.num_hidden_layers
     if model.is_initializing():
-        body = make_body(layers=tuple((place,) for place in range(length)))
+        body = make_body(layers=(0,))
 
-        def init(key: jax.Array) -> dict[str, Any]:
-            params = body.init(key, x, 0, None, context)["params"]
-            return {f"place_{place}": params[f"blocks_{place}"] for place in range(length)}
+        def init(key: jax.Array) -> Any:
+            return body.init(key, x, 0, None, context)["params"]["blocks_0"]
 
-        return model.param(PERIODS, lambda key: jax.vmap(init)(jax.random.split(key, n)))
-    if not model.has_variable("params", PERIODS):
-        raise ValueError("params lack 'periods': with scan_layers, pass what `gemma3_jax.stack_layers` returns")
-    return model.get_variable("params", PERIODS)
+        return model.param(BLOCKS, lambda key: jax.vmap(init)(jax.random.split(key, layers)))
+    if not model.has_variable("params", BLOCKS):
+        raise ValueError("params lack 'blocks'; with scan_layers, pass what `gemma3_jax.stack_layers` returns")
+    return model.get_variable("params", BLOCKS)
 
 
-def _runs(model: Any, layers: range, special: frozenset[str] | None) -> list[Places]:
-    """The bodies that run those layers, as far as they are stacked: each whole periods in a scan, or one by itself.
+def _runs(model: Any, layers: range, special: frozenset[str] | None) -> list[tuple[int, ...]]:
+    """Those layers in runs, each for a scan, or of one layer.
 
-    Periods share a scan when in all of them the same of the `special` sites are watched, which change how a block
+    Layers share a scan when in all of them the same of the `special` sites are watched, which change how a block
     computes; None: nothing is scanned.
     """
-    length, n = repeats(model.config)
-    periods = [range(first, first + length) for first in range(0, n * length, length)]
+    if special is None:
+        return [(layer,) for layer in layers]
     watched = [name.split(".", 2)[1:] for name in model.watched if layer_of(name) is not None]
-    apart = {(int(layer), site) for layer, site in watched if special and site in special}
+    apart = [(int(layer), site, f"blocks.{layer}.{site}" in model.edited) for layer, site in watched if site in special]
 
-    def kind(period: range) -> Any:
-        if special is None or not set(period) <= set(layers):
-            return period.start
-        return frozenset(
-            (layer - period.start, site, f"blocks.{layer}.{site}" in model.edited)
-            for layer, site in apart
-            if layer in period
-        )
+    def kind(layer: int) -> frozenset[tuple[str, bool]]:
+        return frozenset((site, edited) for at, site, edited in apart if at == layer)
 
-    groups = [list(alike) for _, alike in itertools.groupby(periods, kind)]
-    cut = [[[layer for layer in period if layer in layers] for period in alike] for alike in groups]
-    return [tuple(zip(*alike, strict=True)) for alike in cut if alike[0]]
+    return [tuple(alike) for _, alike in itertools.groupby(layers, kind)]
 
 
 def _scan(body: Body, stacked: Any, x: jax.Array, beside: tuple[Any, ...], mutable: Any) -> tuple[jax.Array, Any]:
     """Run the body at each of its steps: the residual stream, and all stored; captures by row, the rest stacked."""
-    length, n = repeats(body.config)
-    first, steps = body.layers[0][0] // length, len(body.layers[0])
-    whole = steps == n
+    first, steps = body.layers[0], len(body.layers)
+    whole = steps == body.config.num_hidden_layers
 
     def run(carry: tuple[jax.Array, Any], here: tuple[jax.Array, Any]) -> tuple[tuple[jax.Array, Any], Any]:
         (x, kept), (step, params) = carry, here
-        # Of some periods only, each step takes its own: to cut them out of the parameters would copy them all at once.
+        # Of some layers only, each step takes its own: to cut them out of the parameters would copy them all at once.
         params = params if whole else jax.tree.map(lambda w: w[first + step], stacked)
-        x, found = body.apply({"params": params, CAPTURES: kept}, x, step, *beside, mutable=mutable)
+        x, found = body.apply({"params": {"block": params}, CAPTURES: kept}, x, step, *beside, mutable=mutable)
         found = dict(found)
         return (x, found.pop(CAPTURES, {})), found
 
@@ -191,6 +190,4 @@ def _scan(body: Body, stacked: Any, x: jax.Array, beside: tuple[Any, ...], mutab
         shapes = jax.eval_shape(lambda: run((x, {}), jax.tree.map(lambda w: w[0], over))[0][1])
         empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     (x, kept), found = jax.lax.scan(run, (x, empty), over)
-    return x, {
-        kind: {f"{PERIODS}_{body.layers[0][0]}": values} for kind, values in {**found, CAPTURES: kept}.items() if values
-    }
+    return x, {kind: values for kind, values in {**found, CAPTURES: kept}.items() if values}

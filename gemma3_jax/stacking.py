@@ -1,12 +1,10 @@
-"""Two layouts of the same parameters: an entry for each block, or the blocks that repeat stacked, to be scanned over.
+"""Two layouts of the same parameters: an entry for each block, or all blocks stacked, to be scanned over.
 
-Layer types repeat, in Gemma 3 five sliding ones and a full one. The stacked layout takes from the first block on as
-many whole periods as there are: `params["periods"]["place_3"]["attn"]["q"]["weight"]` [n, h, d, e] holds blocks 3, 9,
-15 and so on, one for each of n periods. What is left over keeps its entries: of 62 blocks, `blocks_60` and `blocks_61`.
-A model that is run from stacked parameters is traced and compiled for one period, whatever n is.
+The stacked layout has `params["blocks"]["attn"]["q"]["weight"]` [l, h, d, e] for `params["blocks_0"]` to
+`params["blocks_25"]`, l being the layers. A model that is run from it is traced and compiled for one block, whatever
+l is: sliding and full layers have weights of the same shapes, and differ in their rotation and mask alone.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,64 +13,40 @@ import jax.numpy as jnp
 
 from gemma3_jax.config import Gemma3Config
 
-PERIODS = "periods"
-
-
-@functools.cache
-def repeats(config: Gemma3Config) -> tuple[int, int]:
-    """(P, n): the first n * P blocks are n periods of P blocks, each with the layer types of the first; n >= 2, or 0.
-
-    Of all periods, the one that leaves the fewest blocks to compile, P and what is left over; of equals the shortest.
-
-    >>> repeats(Gemma3Config.preset("27b")), repeats(Gemma3Config.preset("1b"))
-    ((6, 10), (6, 4))
-    """
-    kinds = config.layer_types
-
-    def count(p: int) -> int:
-        alike = next((i for i in range(p, len(kinds)) if kinds[i] != kinds[i - p]), len(kinds))
-        return alike // p
-
-    # (n - 1) * P is how many blocks need no compilation of their own.
-    p = max(range(1, len(kinds) + 1), key=lambda p: (count(p) - 1) * p)
-    return (p, count(p)) if count(p) > 1 else (p, 0)
+BLOCKS = "blocks"
 
 
 def is_stacked(params: Mapping[str, Any]) -> bool:
     """Whether parameters are in the stacked layout."""
-    return PERIODS in params
+    return BLOCKS in params
 
 
 def stack_layers(config: Gemma3Config, params: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters in the stacked layout, from which `forward` scans over layers; every number as it was.
 
-    Of a model whose layer types do not repeat, and of stacked parameters, the same again. Pure; of shapes alone by
-    `jax.eval_shape`.
+    Of stacked parameters the same again. Pure; of shapes alone by `jax.eval_shape`.
 
     Args:
         config: shape of the model.
         params: parameter pytree in either layout, as `conversion.convert_checkpoint` returns it; not changed.
 
-    Memory: a second copy of the blocks that repeat, until you let go of `params`.
+    Memory: a second copy of the blocks, until you let go of `params`.
 
     Raises:
-        ValueError: parameters that do not fit the config, or repeating blocks that differ in shape or dtype.
+        ValueError: parameters that do not fit the config, or blocks that differ in shape or dtype.
 
     >>> from conversion import convert_checkpoint
     >>> from gemma3_jax import TINY
     >>> config, params = convert_checkpoint(TINY)
     >>> stacked = stack_layers(config, params)
-    >>> sorted(stacked), stacked["periods"]["place_1"]["mlp"]["in"]["weight"].shape
-    (['embed', 'ln_final', 'periods'], (2, 96, 192))
+    >>> sorted(stacked), stacked["blocks"]["mlp"]["in"]["weight"].shape
+    (['blocks', 'embed', 'ln_final'], (4, 96, 192))
     """
     check_layout(config, params)
-    length, n = repeats(config)
-    if is_stacked(params) or not n:
+    if is_stacked(params):
         return dict(params)
-    names = [[f"blocks_{layer}" for layer in range(place, n * length, length)] for place in range(length)]
-    periods = {f"place_{i}": _stack(params, alike) for i, alike in enumerate(names)}
-    rest = {key: value for key, value in params.items() if key not in {name for alike in names for name in alike}}
-    return {**rest, PERIODS: periods}
+    names = [f"blocks_{layer}" for layer in range(config.num_hidden_layers)]
+    return {key: value for key, value in params.items() if key not in names} | {BLOCKS: _stack(params, names)}
 
 
 def unstack_layers(config: Gemma3Config, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,7 +56,7 @@ def unstack_layers(config: Gemma3Config, params: Mapping[str, Any]) -> dict[str,
         config: shape of the model.
         params: parameter pytree in either layout; not changed.
 
-    Memory: a second copy of the blocks that repeat, until you let go of `params`.
+    Memory: a second copy of the blocks, until you let go of `params`.
 
     Raises:
         ValueError: parameters that do not fit the config.
@@ -98,7 +72,7 @@ def unstack_layers(config: Gemma3Config, params: Mapping[str, Any]) -> dict[str,
         return dict(params)
     check_layout(config, params)
     blocks = {f"blocks_{i}": layer_params(config, params, i) for i in range(config.num_hidden_layers)}
-    return {key: value for key, value in params.items() if key != PERIODS} | blocks
+    return {key: value for key, value in params.items() if key != BLOCKS} | blocks
 
 
 def layer_params(config: Gemma3Config, params: Mapping[str, Any], layer: int, *path: str) -> Any:
@@ -110,40 +84,33 @@ def layer_params(config: Gemma3Config, params: Mapping[str, Any], layer: int, *p
     >>> layer_params(config, stack_layers(config, params), 3, "attn", "q", "weight").shape
     (4, 96, 24)
     """
-    length, n = repeats(config)
-    stacked = is_stacked(params) and layer < n * length
-    node = params[PERIODS][f"place_{layer % length}"] if stacked else params[f"blocks_{layer}"]
+    stacked = is_stacked(params)
+    node = params[BLOCKS] if stacked else params[f"blocks_{layer}"]
     for key in path:
         node = node[key]
-    return jax.tree.map(lambda w: w[layer // length], node) if stacked else node
+    return jax.tree.map(lambda w: w[layer], node) if stacked else node
 
 
 def check_layout(config: Gemma3Config, params: Mapping[str, Any]) -> None:
     """Refuse parameters whose blocks, in the layout that they have, are not those of the config."""
-    length, n = repeats(config) if is_stacked(params) else (0, 0)
-    if is_stacked(params) and not n:
-        raise ValueError(f"params are stacked; the config's layer types do not repeat: {', '.join(config.layer_types)}")
-    layers = range(n * length, config.num_hidden_layers)
-    wanted = {f"blocks_{layer}" for layer in layers}
+    layers = config.num_hidden_layers
+    wanted = set() if is_stacked(params) else {f"blocks_{layer}" for layer in range(layers)}
     found = {key for key in params if key.startswith("blocks_")}
     if wanted != found:
         wrong = sorted(wanted ^ found)[0]
-        layout = f"{n} stacked periods of {length} and {len(layers)} blocks" if n else f"{len(layers)} blocks"
+        layout = "stacked blocks alone" if is_stacked(params) else f"{layers} blocks"
         does = "lack" if wrong in wanted else "have"
         raise ValueError(f"params {does} {wrong!r}; the config calls for {layout}, see `gemma3_jax.stack_layers`")
     if not is_stacked(params):
         return
-    places = {f"place_{i}" for i in range(length)}
-    if set(params[PERIODS]) != places:
-        raise ValueError(f"params['periods'] has {len(params[PERIODS])} places; a period of this config has {length}")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params[PERIODS]):
-        if jnp.shape(leaf)[:1] != (n,):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params[BLOCKS]):
+        if jnp.shape(leaf)[:1] != (layers,):
             where = "/".join(key.key for key in path)
-            raise ValueError(f"params['periods']: {where} has shape {jnp.shape(leaf)}; this config has {n} periods")
+            raise ValueError(f"params['blocks']: {where} has shape {jnp.shape(leaf)}; this config has {layers} layers")
 
 
 def _stack(params: Mapping[str, Any], names: list[str]) -> Any:
-    """The blocks of those names, each leaf [n, ...]."""
+    """The blocks of those names, each leaf [l, ...]."""
 
     def stack(path: Any, *leaves: Any) -> jax.Array:
         for name, leaf in zip(names, leaves, strict=True):

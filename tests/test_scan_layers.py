@@ -37,11 +37,10 @@ from gemma3_jax.decomposition import HEADS
 from gemma3_jax.kernels import SHORT
 from gemma3_jax.scan import PER_HEAD, SCORES
 from gemma3_jax.sites import SITES
-from gemma3_jax.stacking import repeats
 
 BOUND = 1e-5
 LOCAL, FULL = "sliding_attention", "full_attention"
-# Three periods of two, of which layer 3 is in the middle; layer 6 is left over.
+# Both kinds in turn; layer 3 is in the middle.
 TYPES = [LOCAL, FULL, LOCAL, FULL, LOCAL, FULL, LOCAL]
 MIDDLE = 3
 IN_BLOCK = [row.name.removeprefix("blocks.{i}.") for row in SITES if "{i}" in row.name]
@@ -69,6 +68,11 @@ def plain():
     return compiled("**")(both()[1], {})
 
 
+def exchanged(blocks):
+    """The stacked blocks with two in each other's place."""
+    return jax.tree.map(lambda w: w[jnp.array([2, 1, 0, 3, 4, 5, 6])], blocks)
+
+
 def worst(ours, theirs) -> float:
     """Largest difference in two pytrees of one structure."""
     return max(jax.tree.leaves(jax.tree.map(difference, ours, theirs)))
@@ -85,13 +89,13 @@ class Nudge:
 
 
 def test_every_site_is_that_of_the_unrolled_model():
-    """All at once, one row padded; with two periods of the stack exchanged they are not."""
+    """All at once, one row padded; with two layers of the stack exchanged they are not."""
     _, params, stacked = both()
     run = compiled("**", attention_mask=LEFT_PADDED)
     (logits, cache), (scanned, found) = run(params, {}), run(stacked, {})
     assert list(found) == list(cache) == list(site_names(both()[0]))
     assert worst([scanned, *found.values()], [logits, *cache.values()]) < BOUND
-    wrong = {**stacked, "periods": jax.tree.map(lambda w: w[jnp.array([1, 0, 2])], stacked["periods"])}
+    wrong = {**stacked, "blocks": exchanged(stacked["blocks"])}
     assert difference(run(wrong, {})[0], logits) > 1e-2
 
 
@@ -157,7 +161,7 @@ def test_a_change_of_layout_at_one_layer_stays_there():
 
 
 def test_a_capture_of_some_layers_keeps_those_only():
-    """The scan carries the rows that are wanted, and one for the others; not one for every period."""
+    """The scan carries the rows that are wanted, and one for the others; not one for every layer."""
     config, _, stacked = both()
     names = ("blocks.1.mlp.hook_post", "blocks.3.ln1.hook_scale", "blocks.5.ln1.hook_scale", "blocks.6.hook_out")
     run = compiled(names)
@@ -171,13 +175,13 @@ def test_a_capture_of_some_layers_keeps_those_only():
         return [value.aval.shape for value in scan.outvars]
 
     assert (2, 2, 9, 80) in carried("blocks.1.mlp.hook_post")
-    assert (3, 2, 9, 80) in carried("blocks.*.mlp.hook_post")
-    assert (3, 2, 9, 80) not in carried("blocks.1.mlp.hook_post")
+    assert (7, 2, 9, 80) in carried("blocks.*.mlp.hook_post")
+    assert (7, 2, 9, 80) not in carried("blocks.1.mlp.hook_post")
 
 
-@pytest.mark.parametrize(("length", "scans"), [(SHORT - 1, 1), (SHORT, 0)])
+@pytest.mark.parametrize(("length", "scans"), [(SHORT - 1, [7]), (SHORT, [3, 3])])
 def test_a_pattern_of_one_layer_leaves_the_scan_of_a_short_text_whole(length, scans):
-    """Below `SHORT` tokens every layer has its scores; from there on the period that shows them is run apart."""
+    """Below `SHORT` tokens every layer has its scores; from there on the one that shows them is run apart."""
     config, params, stacked = both()
     tokens = random_tokens((1, length))
     name = f"blocks.{MIDDLE}.attn.hook_pattern"
@@ -186,8 +190,7 @@ def test_a_pattern_of_one_layer_leaves_the_scan_of_a_short_text_whole(length, sc
         return forward(config, params, tokens, name)
 
     program = jax.make_jaxpr(run)(stacked)
-    over_periods = [each for each in program.eqns if each.primitive.name == "scan"]
-    assert len(over_periods) == scans
+    assert [each.params["length"] for each in program.eqns if each.primitive.name == "scan"] == scans
     (logits, cache), (scanned, found) = jax.jit(run)(params), jax.jit(run)(stacked)
     assert worst([scanned, found[name]], [logits, cache[name]]) < BOUND
 
@@ -269,7 +272,7 @@ def test_plain_linen_has_the_same():
     model = Gemma3(config, scan_layers=True)
     made = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
     assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, stacked)
-    weights = made["periods"]["place_0"]["mlp"]["in"]["weight"]
+    weights = made["blocks"]["mlp"]["in"]["weight"]
     assert 0.015 < jnp.std(weights) < 0.025
     assert not jnp.allclose(weights[0], weights[1])
 
@@ -287,48 +290,74 @@ def test_plain_linen_has_the_same():
     logits, variables = run(stacked)
     assert difference(logits, plain()[0]) < BOUND
     assert difference(jax.jit(model.apply)({"params": stacked}, TOKENS), plain()[0]) < BOUND
-    (out,) = variables["mine"]["periods_0"]["place_1"]["mlp"]["kept"]
-    assert difference(out[1], plain()[1]["blocks.3.mlp.hook_out"]) < BOUND
+    (out,) = variables["mine"]["blocks_0_to_6"]["mlp"]["kept"]
+    assert difference(out[3], plain()[1]["blocks.3.mlp.hook_out"]) < BOUND
     with pytest.raises(ValueError, match="stack_layers"):
         model.apply({"params": params}, TOKENS)
 
 
 @pytest.mark.parametrize(
-    ("types", "expected"),
-    [
-        ([LOCAL] * 4, (1, 4)),
-        ([LOCAL, FULL, FULL, LOCAL, FULL], (3, 0)),
-        ([LOCAL, LOCAL, FULL, LOCAL], (1, 2)),
-        ([FULL], (1, 0)),
-    ],
-    ids=["all local", "no whole period twice", "two alike in front", "one layer"],
+    "types",
+    [[LOCAL] * 4, [LOCAL, FULL, FULL, LOCAL, FULL], [FULL]],
+    ids=["one kind", "in no order", "one layer"],
 )
-def test_odd_layer_types(types, expected):
-    """Logits and a stream of models whose layers repeat otherwise, or not at all."""
+@pytest.mark.parametrize("length", [9, SHORT + 1])
+def test_layer_types_in_any_order(types, length):
+    """Logits and streams, in a short text and one whose layers never hold all scores; with other types they differ."""
     config, params, stacked = both(tuple(types))
-    assert repeats(config)[1] == expected[1]
-    run = jax.jit(lambda params: dict(forward(config, params, TOKENS, ("blocks.*.hook_out", "unembed.hook_out"))[1]))
-    assert worst(run(stacked), run(params)) < BOUND
+    tokens = random_tokens((1, length))
+
+    def run(params, config=config):
+        return dict(forward(config, params, tokens, ("blocks.*.hook_out", "unembed.hook_out"))[1])
+
+    wanted = jax.jit(run)(params)
+    assert worst(jax.jit(run)(stacked), wanted) < BOUND
+    other = dataclasses.replace(config, layer_types=(FULL if types[0] == LOCAL else LOCAL, *types[1:]))
+    assert worst(jax.jit(functools.partial(run, config=other))(stacked), wanted) > 1e-2
+
+
+def test_the_program_does_not_grow_with_the_depth():
+    """As many products for twelve layers as for six; unrolled, twice as many."""
+
+    def products(layers, scan):
+        kinds = tuple(TYPES[:2] * (layers // 2))
+        config = dataclasses.replace(both()[0], num_hidden_layers=layers, layer_types=kinds)
+        shapes = jax.eval_shape(Gemma3(config, scan_layers=scan).init, jax.random.key(0), TOKENS)["params"]
+        program = jax.make_jaxpr(lambda params: forward(config, params, TOKENS, "blocks.*.hook_out"))(shapes)
+        return str(program).count("dot_general")
+
+    assert products(12, scan=True) == products(6, scan=True)
+    assert products(12, scan=False) > 1.8 * products(6, scan=False)
+
+
+@pytest.mark.parametrize("length", [SHORT, SHORT + 130])
+def test_a_long_text_has_the_gradients_and_rows_of_unrolled_layers(length):
+    """From `SHORT` tokens on, layers of both kinds share a scan: parameters' gradients, and padding, of each kernel."""
+    config, params, stacked = both((LOCAL, FULL, LOCAL))
+    tokens = random_tokens((2, length))
+    mask = jnp.ones((2, length), int).at[0, :140].set(0)
+
+    def loss(params):
+        return forward(config, params, tokens, attention_mask=mask, return_type="loss")[0]
+
+    ours, theirs = (jax.jit(jax.grad(loss))(each) for each in (stacked, params))
+    theirs = stack_layers(config, theirs)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(theirs))
+    # A sum over all tokens, one by one, is rounded once for each.
+    bound = tokens.size * np.finfo(np.float32).eps * largest
+    assert worst(ours, theirs) < bound
+    assert worst(ours, {**theirs, "blocks": jax.tree.map(lambda w: w[::-1], theirs["blocks"])}) > 1e-2 * largest
 
 
 @given(st.lists(st.sampled_from([LOCAL, FULL]), min_size=1, max_size=24))
-@settings(max_examples=60, deadline=None)
-def test_round_trip_and_period(types):
-    """Whatever the layer types: places have one kind, no period compiles fewer blocks, and back is bit for bit."""
+@settings(max_examples=30, deadline=None)
+def test_round_trip(types):
+    """Whatever the layer types: one entry for all blocks, each layer in its place, and back is bit for bit."""
     config = dataclasses.replace(Gemma3Config.preset("270m"), num_hidden_layers=len(types), layer_types=tuple(types))
-    length, n = repeats(config)
-    assert n != 1
-    assert all(types[i] == types[i % length] for i in range(length * n))
-    fewest = min(
-        p + len(types) - m * p
-        for p in range(1, len(types) + 1)
-        for m in range(1, len(types) // p + 1)
-        if all(types[i] == types[i % p] for i in range(m * p))
-    )
-    assert (length + len(types) - n * length if n else len(types)) == fewest
     params = {f"blocks_{i}": {"w": np.full((2,), i, np.float32)} for i in range(len(types))} | {"embed": np.zeros(1)}
     stacked = stack_layers(config, params)
-    assert len([key for key in stacked if key.startswith("blocks_")]) == len(types) - length * n
+    assert set(stacked) == {"blocks", "embed"}
+    assert stacked["blocks"]["w"][:, 0].tolist() == list(range(len(types)))
     again = unstack_layers(config, stacked)
     assert set(again) == set(params)
     assert all((again[key]["w"] == params[key]["w"]).all() for key in params if key != "embed")
@@ -336,7 +365,7 @@ def test_round_trip_and_period(types):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_round_trip_of_a_model_is_bit_for_bit(dtype):
-    """Every leaf, dtypes included, twice either way; the published 27b leaves two of its 62 blocks unstacked."""
+    """Every leaf, dtypes included, twice either way."""
     config, params, _ = both()
     params = jax.tree.map(lambda w: w.astype(dtype), params)
     stacked = stack_layers(config, params)
@@ -345,27 +374,18 @@ def test_round_trip_of_a_model_is_bit_for_bit(dtype):
     for ours, theirs in zip(jax.tree.leaves(unstack_layers(config, again)), jax.tree.leaves(params), strict=True):
         assert ours.dtype == theirs.dtype
         assert ours.tobytes() == theirs.tobytes()
-    assert repeats(Gemma3Config.preset("27b")) == (6, 10)
 
 
 def test_parameters_that_do_not_fit_are_refused():
     """One message that names what is wrong."""
     config, params, stacked = both()
     shallow = dataclasses.replace(config, num_hidden_layers=5, layer_types=config.layer_types[:5])
-    single = dataclasses.replace(config, num_hidden_layers=1, layer_types=config.layer_types[:1])
-    local = dataclasses.replace(config, layer_types=(LOCAL,) * 7)
-    for wrong, message in (
-        (shallow, "have 'blocks_6'|lack 'blocks_4'"),
-        (single, "do not repeat: sliding"),
-        (local, "blocks_6"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            forward(wrong, stacked, TOKENS)
-    short = {**stacked, "periods": jax.tree.map(lambda w: w[:2], stacked["periods"])}
-    with pytest.raises(ValueError, match="3 periods"):
-        forward(config, short, TOKENS)
-    with pytest.raises(ValueError, match="a period of this config has 2"):
-        forward(config, {**stacked, "periods": {"place_0": stacked["periods"]["place_0"]}}, TOKENS)
+    with pytest.raises(ValueError, match=r"\(7, .*this config has 5 layers"):
+        forward(shallow, stacked, TOKENS)
+    with pytest.raises(ValueError, match="have 'blocks_5'; the config calls for 5 blocks"):
+        forward(shallow, params, TOKENS)
+    with pytest.raises(ValueError, match="have 'blocks_2'; the config calls for stacked blocks alone"):
+        forward(config, {**stacked, "blocks_2": params["blocks_2"]}, TOKENS)
     with pytest.raises(ValueError, match="lack 'blocks_3'"):
         stack_layers(config, {key: value for key, value in params.items() if key != "blocks_3"})
     unlike = {**params, "blocks_2": jax.tree.map(lambda w: w.astype(jnp.bfloat16), params["blocks_2"])}
@@ -374,14 +394,13 @@ def test_parameters_that_do_not_fit_are_refused():
 
 
 def test_hugging_face_parity():
-    """Every site and gradient, several windows long, from stacked parameters; with two places exchanged it fails."""
+    """Every site and gradient, several windows long, from stacked parameters; with two layers exchanged it fails."""
     model = hf_model(num_hidden_layers=7, layer_types=TYPES)
     config = Gemma3Config.from_hf(model.config)
     stacked = stack_layers(config, convert_state_dict(model.state_dict(), config))
     tokens = random_tokens((2, 30))
     assert not [row for row in compare(model, config, stacked, tokens) if not row.passed]
-    periods = stacked["periods"]
-    wrong = {**stacked, "periods": {"place_0": periods["place_1"], "place_1": periods["place_0"]}}
+    wrong = {**stacked, "blocks": exchanged(stacked["blocks"])}
     rows = compare_sites(huggingface.activations(model, tokens), our_activations(config, wrong, tokens), SMALL_BAR)
     assert [row for row in rows if not row.passed]
 
@@ -395,7 +414,7 @@ def tiny():
 def test_hooked_model_weights_and_analyses():
     """Everything that reads parameters reads either layout."""
     unrolled, scanned = tiny()
-    assert "periods" in scanned.params
+    assert "blocks" in scanned.params
     text = "ba ke lo mu ti so re ba ke"
     for name in ("W_Q", "W_K", "W_V", "W_O", "W_gate", "W_in", "W_out", "W_E", "W_U"):
         assert (getattr(scanned, name) == getattr(unrolled, name)).all()
@@ -405,7 +424,7 @@ def test_hooked_model_weights_and_analyses():
     circuits = [ov_circuit(model.config, model.params).A for model in tiny()]
     assert difference(*circuits) < BOUND
     folded = HookedGemma3(*fold_ln(scanned.config, scanned.params), scanned.tokenizer)
-    assert "periods" in folded.params
+    assert "blocks" in folded.params
     assert difference(folded(text), logits) < 1e-4
     again = HookedGemma3(unrolled.config, unrolled.params, unrolled.tokenizer, scan_layers=True)
     assert difference(again(text), logits) < BOUND
