@@ -1,7 +1,7 @@
 """A run's report: JSON, and the page of the documentation made of all that were committed."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,11 @@ def page(files: Iterable[Path] = ()) -> str:
         "be avoided (operations of the products; bytes of weights and cache) would take alone at the rate that the "
         "same run measured, of the time taken. Weights are random. A missed goal is in bold.",
     ]
-    titles = [f"# {report['size']}, {report['machine']['device']}" for report in reports]
+    lines += ["", "# Goals", "", *_goals(reports)]
+    titles = list(map(_title, reports))
     for i, report in enumerate(reports):
         # The runs of one shape on one kind of device follow each other.
-        lines += ["", titles[i]] if titles[i] not in titles[:i] else []
+        lines += ["", f"# {titles[i]}"] if titles[i] not in titles[:i] else []
         lines += ["", *_machine(report)]
         for name, rows in report["benchmarks"].items():
             lines += ["", f"## {TITLES[name]}", "", *_table(rows, report["limits"])]
@@ -57,11 +58,42 @@ def missed(report: dict[str, Any]) -> list[str]:
     """The goals that a run has not reached, in words."""
     return [
         f"{name}, {row['case']}, {row['dtype']}: {figure['name']} {_figure(figure)}"
-        for name, rows in report["benchmarks"].items()
-        for row in rows
-        for figure in [*row["figures"], *_shares(row, report["limits"])]
-        if figure["met"] is False
+        for name, row, figure in _with_goals(report)
+        if not figure["met"]
     ]
+
+
+def _with_goals(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(benchmark, row, figure) of each figure that has a goal."""
+    for name, rows in report["benchmarks"].items():
+        for row in rows:
+            for figure in [*row["figures"], *_shares(row, report["limits"])]:
+                if figure["goal"] is not None:
+                    yield name, row, figure
+
+
+def _goals(reports: list[dict[str, Any]]) -> list[str]:
+    """Every goal in a table, beside what the runs of each shape have reached, in the order of the page."""
+    titles = list(dict.fromkeys(map(_title, reports)))
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for report in reports:
+        for name, _, figure in _with_goals(report):
+            goal = f"{TITLES[name]}: {figure['name']}", _goal(figure)
+            value = _number(figure, figure["value"])
+            reached = found.setdefault(goal, {title: [] for title in titles})
+            reached[_title(report)].append(value if figure["met"] else f"**{value}**")
+    lines = [f"| | goal | {' | '.join(titles)} |", f"| --- | --- |{' --- |' * len(titles)}"]
+    order = [f"{title}: " for title in TITLES.values()]
+    for what, goal in sorted(
+        found, key=lambda key: next(i for i, start in enumerate(order) if key[0].startswith(start))
+    ):
+        cells = " | ".join(", ".join(values) for values in found[what, goal].values())
+        lines.append(f"| {what} | {goal} | {cells} |")
+    return lines
+
+
+def _title(report: dict[str, Any]) -> str:
+    return f"{report['size']}, {report['machine']['device']}"
 
 
 def _machine(report: dict[str, Any]) -> list[str]:
@@ -89,12 +121,15 @@ def _shares(row: dict[str, Any], limits: dict[str, float]) -> list[dict[str, Any
 
 
 def _figure(figure: dict[str, Any]) -> str:
-    def number(value: float) -> str:
-        return f"{100 * value:.1f} %" if figure["percent"] else f"{value:.3g}"
-
+    value = _number(figure, figure["value"])
     if figure["goal"] is None:
-        return number(figure["value"])
-    goal = (
-        f"{number(figure['value'])} (goal: {'at least' if figure['at_least'] else 'at most'} {number(figure['goal'])})"
-    )
-    return goal if figure["met"] else f"**{goal}**"
+        return value
+    return f"{value} (goal: {_goal(figure)})" if figure["met"] else f"**{value} (goal: {_goal(figure)})**"
+
+
+def _goal(figure: dict[str, Any]) -> str:
+    return f"{'at least' if figure['at_least'] else 'at most'} {_number(figure, figure['goal'])}"
+
+
+def _number(figure: dict[str, Any], value: float) -> str:
+    return f"{100 * value:.1f} %" if figure["percent"] else f"{value:.3g}"

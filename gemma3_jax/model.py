@@ -101,8 +101,11 @@ class Gemma3(nn.Module):
             for these, and for no other.
         edited: those of them that are edited.
         scan_layers: scan over the layers, which compiles a deep model as fast as a shallow one: the parameters are in
-            the layout of `gemma3_jax.stack_layers`. An interceptor of your own sees one module, `block`, in place of
-            `blocks_0` and so on.
+            the layout of `gemma3_jax.stack_layers`. An interceptor of your own then sees, for layers that share a scan,
+            one module `block`, in a `Body` whose calls it should leave alone; a layer that is run alone has its own
+            name. What it sows is found under the names of such layers, `blocks_0_to_25`, stacked; only `captures`, the
+            collection of `forward`, cannot hold it. Blocks see no other collection that `apply` is given, and Flax's
+            `capture_intermediates` does not reach into them.
     """
 
     config: Gemma3Config

@@ -97,16 +97,17 @@ def run_stacked(
     for layers in _runs(model, layers_run, special if past is None else None):
         body, first = make_body(layers=layers), layers[0]
         beside = None if known else start, context, past
+        # What its block stores has in the model the name of its layers; under a scan the values are stacked.
         if len(layers) > 1:
             x, found = _scan(body, stacked, x, beside, mutable)
-            # The name that layers have in a collection of somebody's own, whose values are stacked.
-            found = {kind: {f"{BLOCKS}_{first}_to_{layers[-1]}": each["block"]} for kind, each in found.items()}
+            inside, name = "block", f"{BLOCKS}_{first}_to_{layers[-1]}"
         else:
-            params = {f"blocks_{first}": layer_params(config, {BLOCKS: stacked}, first)}
+            inside = name = f"blocks_{first}"
+            params = {name: layer_params(config, {BLOCKS: stacked}, first)}
             x, found = body.apply({"params": params}, x, 0, *beside, mutable=mutable)
         for collection, values in found.items():
-            for name, value in values.items():
-                model.put_variable(collection, name, value)
+            if inside in values:
+                model.put_variable(collection, name, values[inside])
     return x
 
 

@@ -56,6 +56,20 @@ def test_committed_page_is_that_of_the_results():
     assert (ROOT / "docs" / "benchmarks.md").read_text() == report.page()
 
 
+def test_the_page_begins_with_every_goal(tmp_path):
+    """What all runs of a shape have reached stands beside it, in bold where that falls short; no goal, no line."""
+    files = []
+    for value in (2.0, 0.5):
+        figures = Figure("best peer / port", value, 1.0), Figure("beside", value)
+        row = Row("case", "float32", {"port": 1.0}, figures).as_dict()
+        files.append(tmp_path / f"{value}.json")
+        run = {"command": "run", "size": "1b", "machine": {"device": "cpu"}, "limits": {}, "notes": {}}
+        report.write(run | {"benchmarks": {"forward": [row]}}, files[-1])
+    goals = report.page(files).split("# Goals")[1].split("# 1b")[0]
+    assert "| Forward: best peer / port | at least 1 | 2, **0.5** |" in goals
+    assert "beside" not in goals
+
+
 def test_operations_of_a_forward_pass():
     """The formula counts what XLA counts, but for norms, softmax and the like; the control counts a layer too few."""
     config, tokens = narrow(6), jax.ShapeDtypeStruct((1, 16), "int32")

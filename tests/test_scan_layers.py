@@ -296,6 +296,27 @@ def test_plain_linen_has_the_same():
         model.apply({"params": params}, TOKENS)
 
 
+@pytest.mark.parametrize("stop", [None, 1], ids=["scanned", "one layer"])
+def test_own_values_of_every_module(stop):
+    """What an interceptor stores at each call is under the name of its module, and the model's own is there once."""
+    config, _, stacked = both()
+
+    def keep(next_fun, args, kwargs, context):
+        out = next_fun(*args, **kwargs)
+        if context.method_name == "__call__":
+            context.module.sow("mine", "kept", out)
+        return out
+
+    with nn.intercept_methods(keep):
+        model = Gemma3(config, scan_layers=True)
+        out, variables = model.apply({"params": stacked}, TOKENS, stop_at_layer=stop, mutable=["mine"])
+    (own,) = variables["mine"]["kept"]
+    assert difference(own, out) == 0
+    (blocks,) = variables["mine"]["blocks_0" if stop else "blocks_0_to_6"]["kept"]
+    last = blocks if stop else blocks[-1]
+    assert difference(last, out if stop else plain()[1]["ln_final.hook_in"]) < BOUND
+
+
 @pytest.mark.parametrize(
     "types",
     [[LOCAL] * 4, [LOCAL, FULL, FULL, LOCAL, FULL], [FULL]],
@@ -314,6 +335,28 @@ def test_layer_types_in_any_order(types, length):
     assert worst(jax.jit(run)(stacked), wanted) < BOUND
     other = dataclasses.replace(config, layer_types=(FULL if types[0] == LOCAL else LOCAL, *types[1:]))
     assert worst(jax.jit(functools.partial(run, config=other))(stacked), wanted) > 1e-2
+
+
+@pytest.mark.parametrize("length", [9, SHORT + 1])
+def test_bfloat16_is_as_near_to_float32_as_unrolled(length):
+    """The two round in different places: each stream's error is at most half as large again."""
+    config, params, _ = both()
+    tokens = random_tokens((1, length))
+    narrow = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+    # The same values in float32.
+    wide = jax.tree.map(lambda w: w.astype(jnp.float32), narrow)
+    run = jax.jit(lambda params: dict(forward(config, params, tokens, "blocks.*.hook_out")[1]))
+    stacked = stack_layers(config, narrow)
+    exact, unrolled, scanned = run(wide), run(narrow), run(stacked)
+
+    def error(found):
+        return np.array([jnp.std(found[name].astype(jnp.float32) - exact[name]) for name in exact])
+
+    assert (error(unrolled) > 0).all()
+    assert (error(scanned) < 1.5 * error(unrolled)).all()
+    # Negative control: two layers in each other's place.
+    wrong = run({**stacked, "blocks": exchanged(stacked["blocks"])})
+    assert error(wrong)[-1] > 3 * error(unrolled)[-1]
 
 
 def test_the_program_does_not_grow_with_the_depth():
