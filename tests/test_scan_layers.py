@@ -360,17 +360,17 @@ def test_bfloat16_is_as_near_to_float32_as_unrolled(length):
 
 
 def test_the_program_does_not_grow_with_the_depth():
-    """As many products for twelve layers as for six; unrolled, twice as many."""
+    """What is compiled is as long for twelve layers as for six; unrolled, twice as long."""
 
-    def products(layers, scan):
+    def lines(layers, scan):
         kinds = tuple(TYPES[:2] * (layers // 2))
         config = dataclasses.replace(both()[0], num_hidden_layers=layers, layer_types=kinds)
         shapes = jax.eval_shape(Gemma3(config, scan_layers=scan).init, jax.random.key(0), TOKENS)["params"]
-        program = jax.make_jaxpr(lambda params: forward(config, params, TOKENS, "blocks.*.hook_out"))(shapes)
-        return str(program).count("dot_general")
+        run = jax.jit(lambda params: forward(config, params, TOKENS)[0])
+        return len(run.lower(shapes).compile().as_text().splitlines())
 
-    assert products(12, scan=True) == products(6, scan=True)
-    assert products(12, scan=False) > 1.8 * products(6, scan=False)
+    assert lines(12, scan=True) < 1.05 * lines(6, scan=True)
+    assert lines(12, scan=False) > 1.5 * lines(6, scan=False)
 
 
 @pytest.mark.parametrize("length", [SHORT, SHORT + 130])
