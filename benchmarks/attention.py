@@ -33,11 +33,16 @@ def rows(settings: Settings) -> Iterator[Row]:
             yield row
 
 
-def _row(config: Gemma3Config, kind: LayerType, tokens: int, rounds: int) -> Row:
-    scale = config.query_pre_attn_scalar**-0.5
+def random_qkv(config: Gemma3Config, shape: tuple[int, int], dtype: str) -> list[jax.Array]:
+    """Queries, keys and values, each [b, p, n, e] with its own number of heads, for a shape (b, p)."""
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     keys = jax.random.split(jax.random.key(0), 3)
-    qkv = [jax.random.normal(key, (1, tokens, n, config.head_dim)) for key, n in zip(keys, heads, strict=True)]
+    return [jax.random.normal(key, (*shape, n, config.head_dim), dtype) for key, n in zip(keys, heads, strict=True)]
+
+
+def _row(config: Gemma3Config, kind: LayerType, tokens: int, rounds: int) -> Row:
+    scale = config.query_pre_attn_scalar**-0.5
+    qkv = random_qkv(config, (1, tokens), "float32")
     mask = visible(config, kind, tokens, None)
 
     def all_at_once(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: Mask) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import deepmind, peers
-from benchmarks.rows import Row, Settings, forward_flops, ratio
+from benchmarks.rows import Figure, Row, Settings, forward_flops, ratio
 from benchmarks.timing import interleaved
 from gemma3_jax import Gemma3Config, forward
 
@@ -40,6 +40,20 @@ def rows(settings: Settings) -> Iterator[Row]:
             jax.clear_caches()
 
 
+def row_of(
+    config: Gemma3Config,
+    dtype: str,
+    shape: tuple[int, int],
+    everywhere: bool,
+    seconds: dict[str, float],
+    figures: tuple[Figure, ...],
+) -> Row:
+    """The row of a case, named by its shape, with the operations of a forward pass."""
+    where = "all logits" if everywhere else "last logits"
+    flops = forward_flops(config, *shape, None if everywhere else 1)
+    return Row(f"{shape[0]} x {shape[1]}, {where}", dtype, seconds, figures, flops=flops)
+
+
 def _row(settings: Settings, dtype: str, shape: tuple[int, int], everywhere: bool) -> Row:
     config = settings.config
     model, params, torch_ids, ids = peers.pair(config, dtype, shape)
@@ -52,6 +66,4 @@ def _row(settings: Settings, dtype: str, shape: tuple[int, int], everywhere: boo
     seconds = interleaved(runs, settings.rounds)
     # On a CPU the goal in bfloat16 is what XLA allows, which `benchmarks.parts` shows.
     goal = 1.0 if dtype == "float32" or jax.default_backend() != "cpu" else None
-    where = "all logits" if everywhere else "last logits"
-    flops = forward_flops(config, *shape, None if everywhere else 1)
-    return Row(f"{shape[0]} x {shape[1]}, {where}", dtype, seconds, (ratio(seconds, goal),), flops=flops)
+    return row_of(config, dtype, shape, everywhere, seconds, (ratio(seconds, goal),))

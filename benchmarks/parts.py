@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import torch
 
 from benchmarks import peers
-from benchmarks.forward import cases, logits_of
-from benchmarks.rows import Figure, Row, Settings, forward_flops
+from benchmarks.attention import random_qkv
+from benchmarks.forward import cases, logits_of, row_of
+from benchmarks.rows import Figure, Row, Settings
 from benchmarks.timing import interleaved
 from gemma3_jax import Gemma3Config
 from gemma3_jax.attention import visible
@@ -82,10 +83,7 @@ def _row(settings: Settings, dtype: str, shape: tuple[int, int], everywhere: boo
     model, params, _, ids = peers.pair(config, dtype, shape)
     tokens, at = jnp.asarray(ids), None if everywhere else jnp.int32(-1)
     x, torch_x = inputs(config, model, dtype, shape)
-    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-    keys = jax.random.split(jax.random.key(1), 3)
-    # [b, p, n, e]
-    qkv = [jax.random.normal(key, (*shape, n, config.head_dim), dtype) for key, n in zip(keys, heads, strict=True)]
+    qkv = random_qkv(config, shape, dtype)
     runs = {
         "port": functools.partial(logits_of, config, params, tokens, at),
         "port, products": functools.partial(products, config, params, x, everywhere),
@@ -101,6 +99,4 @@ def _row(settings: Settings, dtype: str, shape: tuple[int, int], everywhere: boo
         Figure("torch's products / port's", theirs / multiplied),
         Figure("torch's products / port", theirs / whole),
     )
-    where = "all logits" if everywhere else "last logits"
-    flops = forward_flops(config, *shape, None if everywhere else 1)
-    return Row(f"{shape[0]} x {shape[1]}, {where}", dtype, seconds, figures, flops=flops)
+    return row_of(config, dtype, shape, everywhere, seconds, figures)

@@ -191,4 +191,4 @@ def _scan(body: Body, stacked: Any, x: jax.Array, beside: tuple[Any, ...], mutab
         shapes = jax.eval_shape(lambda: run((x, {}), jax.tree.map(lambda w: w[0], over))[0][1])
         empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     (x, kept), found = jax.lax.scan(run, (x, empty), over)
-    return x, {kind: values for kind, values in {**found, CAPTURES: kept}.items() if values}
+    return x, {**found, CAPTURES: kept}
