@@ -1,4 +1,4 @@
-"""Attention of one layer by length: local layers cost O(tokens x window), and no kernel O(tokens^2) memory.
+"""Attention of one layer by length: local layers take O(tokens x window) time; no kernel takes O(tokens^2) memory.
 
 One row of random q, k and v at the 270m and 1b shapes: 4 query heads, 1 key/value head, head_dim 256, window 512.
 """
@@ -12,15 +12,16 @@ import jax.numpy as jnp
 from benchmarks.rows import Figure, Row, Settings
 from benchmarks.timing import interleaved
 from gemma3_jax import Gemma3Config
-from gemma3_jax.attention import visible
+from gemma3_jax.compute.attention import attend, dense
+from gemma3_jax.compute.masks import Mask
 from gemma3_jax.config import LayerType
-from gemma3_jax.kernels import Mask, attend, dense
+from gemma3_jax.model.masks import mask_of
 
 KINDS: tuple[LayerType, ...] = ("sliding_attention", "full_attention")
 
 
 def rows(settings: Settings) -> Iterator[Row]:
-    """A row for each kind of layer and length, in float32, with all scores at once where these are not too many."""
+    """A row for each kind of layer and length, in float32; up to 4096 tokens also with all scores at once."""
     config = Gemma3Config.preset("270m")
     for kind in KINDS:
         before: tuple[int, float] | None = None
@@ -34,7 +35,7 @@ def rows(settings: Settings) -> Iterator[Row]:
 
 
 def random_qkv(config: Gemma3Config, shape: tuple[int, int], dtype: str) -> list[jax.Array]:
-    """Queries, keys and values, each [b, p, n, e] with its own number of heads, for a shape (b, p)."""
+    """Queries, keys and values for a shape (b, p), each [b, p, n, e] with its own number of heads."""
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     keys = jax.random.split(jax.random.key(0), 3)
     return [jax.random.normal(key, (*shape, n, config.head_dim), dtype) for key, n in zip(keys, heads, strict=True)]
@@ -43,7 +44,7 @@ def random_qkv(config: Gemma3Config, shape: tuple[int, int], dtype: str) -> list
 def _row(config: Gemma3Config, kind: LayerType, tokens: int, rounds: int) -> Row:
     scale = config.query_pre_attn_scalar**-0.5
     qkv = random_qkv(config, (1, tokens), "float32")
-    mask = visible(config, kind, tokens, None)
+    mask = mask_of(config, kind, tokens, None)
 
     def all_at_once(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: Mask) -> jax.Array:
         columns = jnp.arange(q.shape[1])

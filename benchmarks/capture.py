@@ -1,10 +1,10 @@
-"""What keeping activations adds to a forward pass: whole residuals, every site, and residuals reduced on the device.
+"""The time that captures add to a forward pass: whole residuals, every site, and residuals reduced on the device.
 
 Captures leave the compiled function and stay on the device: the transfer to the host is not measured.
 
-On a CPU the results of every site of a long batch are gigabytes, which glibc takes from the kernel page by page and
-gives back, in every run. With `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 MALLOC_ARENA_MAX=1` in the environment it
-keeps them, which shows what capture itself costs.
+On a CPU, the results of every site of a long batch take gigabytes. In every run, glibc takes this memory from the
+kernel page by page and gives it back. With `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 MALLOC_ARENA_MAX=1` in the
+environment it keeps the memory, and the figures show the cost of the capture itself.
 """
 
 import functools
@@ -20,10 +20,10 @@ from benchmarks import peers
 from benchmarks.rows import Figure, Row, Settings, added
 from benchmarks.timing import interleaved
 from gemma3_jax import Gemma3Config, HookedGemma3
-from gemma3_jax.reductions import At, Cast, Project, TopK
+from gemma3_jax.hooks.reductions import At, Cast, Project, TopK
 
 RESIDUALS = "blocks.*.hook_resid_post"
-# What is kept, and what it may add to a plain forward pass.
+# Each capture, and the largest time that it may add to a plain forward pass.
 GOALS = {
     "residuals": 0.03,
     "every site": 0.25,
@@ -35,7 +35,7 @@ GOALS = {
 
 
 def capture_sets(config: Gemma3Config) -> dict[str, Any]:
-    """What is kept, as `run_with_cache` takes it."""
+    """The captures in the form that `run_with_cache` takes."""
     matrix = np.random.default_rng(1).standard_normal((config.hidden_size, 64), np.float32)
     reductions = [At(np.arange(-8, 0)), Project(jnp.asarray(matrix)), Cast("bfloat16"), TopK(32)]
     reduced = [{RESIDUALS: reduction} for reduction in reductions]
@@ -43,7 +43,7 @@ def capture_sets(config: Gemma3Config) -> dict[str, Any]:
 
 
 def rows(settings: Settings) -> Iterator[Row]:
-    """A row for each shape, in float32, of the port; and one of what hooks add to the peers."""
+    """A row of the port for each shape, in float32, and a row of the time that hooks add to the peers."""
     for shape in ((1, 16),) if settings.quick else ((1, 128), (4, 512)):
         hf, params, torch_ids, ids = peers.pair(settings.config, "float32", shape)
         yield _port(settings, HookedGemma3(settings.config, params), shape, ids)
@@ -54,7 +54,7 @@ def rows(settings: Settings) -> Iterator[Row]:
 
 def _port(settings: Settings, model: HookedGemma3, shape: tuple[int, int], ids: np.ndarray) -> Row:
     def keep(names_filter: Any) -> None:
-        # Nothing is returned, so that results are dropped at once: those of every site take gigabytes.
+        # Nothing is returned, so the results are freed at once: those of every site take gigabytes.
         jax.block_until_ready(model.run_with_cache(ids, names_filter))
 
     sets = {"port": (), **capture_sets(settings.config)}

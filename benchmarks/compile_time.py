@@ -1,7 +1,7 @@
-"""How long programs take to compile, unrolled and scanned over layers: shapes only, no weights.
+"""Compile times of unrolled and of scanned layers, from shapes without weights.
 
-Seconds to trace, lower and compile, all of it; JAX's caches are cleared before each. What is set up once per process is
-in a first program that is not counted.
+The seconds cover tracing, lowering and compilation. JAX's caches are cleared before each measurement. A first program,
+which is not counted, takes the one-time setup of the process.
 """
 
 import functools
@@ -21,7 +21,7 @@ NEW_CAPTURE = ("blocks.1.attn.hook_pattern", "blocks.*.mlp.hook_post")
 
 
 def rows(settings: Settings) -> Iterator[Row]:
-    """Depth at a narrow width, and a new set of captures at the shape that is measured."""
+    """A row for depth, at a narrow width, and a row for a new set of captures, at the size of the settings."""
     rounds = 1 if settings.quick else 3
     seconds(narrow(2), False, rounds=1)
     deep = {

@@ -1,6 +1,6 @@
-"""From a checkpoint's file to parameters in memory, against `from_pretrained`; and from what was converted before.
+"""Time from a checkpoint's file to parameters in memory, against `from_pretrained` and against restoring with Orbax.
 
-Each measurement is the first call in a process of its own, as a user makes it: what a process sets up once counts.
+Each measurement is the first call in a new process, as users make it, so one-time setup counts.
 """
 
 import os
@@ -17,7 +17,7 @@ from benchmarks import peers
 from benchmarks.rows import Figure, Row, Settings, ratio
 from conversion import convert_checkpoint, save_params
 
-# Each reads every page of what it loaded: a file that is only mapped into memory has not been read.
+# Each call reads every page of the arrays that it loaded: a file that is only mapped into memory has not been read.
 _TOUCH = """
 def touch(arrays):
     for array in arrays:
@@ -62,7 +62,7 @@ def _row(checkpoint: Path, converted: Path, dtype: str, cache: str, rounds: int)
 
 
 def _first_call(name: str, source: Path) -> float:
-    """Seconds of one call in a new process, its imports left out."""
+    """Seconds of one call in a new process, without its imports."""
     imports, call = _CALLS[name]
     lines = "import sys, time\nimport numpy as np", _TOUCH, imports, "source = sys.argv[1]"
     script = "\n".join([*lines, "start = time.perf_counter()", call, "print(time.perf_counter() - start)"])

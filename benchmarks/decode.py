@@ -1,4 +1,4 @@
-"""Generation against Hugging Face's `generate`, in one run: plain, steered, and with the residual stream kept.
+"""Generation against Hugging Face's `generate` in one run: plain, steered, and with the residual stream captured.
 
 Axes: b batch, p tokens of the prompt, n new tokens.
 """
@@ -17,8 +17,8 @@ from benchmarks import peers
 from benchmarks.rows import Figure, Row, Settings, added, forward_flops
 from benchmarks.timing import interleaved
 from gemma3_jax import edits
-from gemma3_jax.generation.generate import generate
 from gemma3_jax.generation.kv_cache import cache_bytes
+from gemma3_jax.generation.loop import generate
 
 RESIDUALS = "blocks.*.hook_resid_post"
 
@@ -33,9 +33,9 @@ def rows(settings: Settings) -> Iterator[Row]:
 
 
 def measure(settings: Settings, dtype: str, b: int, p: int, n: int) -> Row:
-    """Writing n tokens behind a prompt of p, the same for all, by the calls that users write, prompt included.
+    """Seconds to generate n tokens after a prompt of p tokens, prefill included, with the calls that users write.
 
-    Hugging Face too with a static cache and a compiled forward pass, unless only to see that everything runs.
+    Hugging Face also runs with a static cache and a compiled forward pass, except in a quick run.
     """
     config = settings.config
     hf, params, torch_ids, ids = peers.pair(config, dtype, (b, p))
@@ -64,10 +64,10 @@ def measure(settings: Settings, dtype: str, b: int, p: int, n: int) -> Row:
     if not settings.quick:
         runs["HF static, compiled"] = lambda: written(hf, torch_ids, n, **static_and_compiled())
     seconds = interleaved(runs, settings.rounds)
-    # Each token reads every weight once, and the keys and values that its layers hold (at most these).
+    # Each token reads every weight once, and at most the whole KV cache.
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     read = n * (weights + cache_bytes(config, b, p + n, dtype)["total"])
-    # The prompt's last logits are those of the first new token; the last token is not run.
+    # The prompt's last logits give the first new token; the model does not run on the last token.
     flops = forward_flops(config, b, p, 1) + (n - 1) * forward_flops(config, b, 1)
     best = min(seconds[name] for name in seconds if name in ("HF", "HF static, compiled"))
     figures = (
@@ -80,7 +80,7 @@ def measure(settings: Settings, dtype: str, b: int, p: int, n: int) -> Row:
 
 
 def written(model: Any, ids: torch.Tensor, n: int, **options: Any) -> np.ndarray:
-    """n tokens by Hugging Face, greedily, none of which ends the text."""
+    """n tokens that Hugging Face generates greedily, without stopping at an end-of-text token."""
     with torch.inference_mode():
         out = model.generate(ids, max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0, **options)
     if out.shape[1] != ids.shape[1] + n:
@@ -89,7 +89,7 @@ def written(model: Any, ids: torch.Tensor, n: int, **options: Any) -> np.ndarray
 
 
 def static_and_compiled() -> dict[str, Any]:
-    """Options of `generate` that compile its forward pass, on every device."""
+    """Options with which `generate` compiles its forward pass on every device."""
     compile_config = transformers.CompileConfig(fullgraph=False, mode="default")
     compile_config._compile_all_devices = True  # transformers' own switch: it compiles on a GPU only by default
     return {"cache_implementation": "static", "compile_config": compile_config}
@@ -97,7 +97,7 @@ def static_and_compiled() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def residuals_kept(model: Any, layers: int) -> Iterator[None]:
-    """Forward hooks that keep what every layer returns for every token, and put it together at the end."""
+    """Forward hooks that store the output of every layer for every token, and concatenate it at the end."""
     kept: list[torch.Tensor] = []
     handles = [
         model.model.layers[i].register_forward_hook(

@@ -15,14 +15,14 @@ from gemma3_jax import Gemma3Config
 
 
 def forward_peer(config: Gemma3Config, params: Any, tokens: jax.Array, dtype: str, last: bool) -> Callable[[], Any]:
-    """Its compiled forward pass: logits everywhere, or at the last position."""
+    """The compiled forward pass of `gemma`, with logits at every position or only at the last."""
     model = _model(config, dtype)
     theirs = jax.tree.map(functools.partial(jnp.asarray, dtype=dtype), parameters(config, params))
     return lambda: model.apply({"params": theirs}, tokens, return_last_only=last).logits
 
 
 def parameters(config: Gemma3Config, params: Any) -> dict[str, Any]:
-    """The port's parameters as the peer has them: norms without the 1 that conversion added, gate and up in one."""
+    """The port's parameters in the peer's form: norms without the 1 that conversion added, gate and up in one array."""
 
     def norm(weight: Any) -> dict[str, Any]:
         return {"scale": np.asarray(weight) - 1}
@@ -59,8 +59,8 @@ def parameters(config: Gemma3Config, params: Any) -> dict[str, Any]:
 def _model(config: Gemma3Config, dtype: str) -> Any:
     import kauldron.checkpoints
 
-    # gemma 3.3 wants a class that kauldron 1.4 no longer has, and earlier ones do not run with jax 0.10. It is only a
-    # base class of what reads checkpoints, which nothing here does.
+    # gemma 3.3 needs a class that kauldron 1.4 no longer has, and earlier versions of gemma do not run with jax 0.10.
+    # The class is only a base class of checkpoint readers, which this benchmark does not use.
     if not hasattr(kauldron.checkpoints, "AbstractPartialLoader"):
         kauldron.checkpoints.AbstractPartialLoader = object
     from gemma.gm.nn import _config, _modules, _transformer

@@ -1,4 +1,4 @@
-"""Forward passes: logits everywhere, or at the last position only.
+"""Forward passes, with logits at every position or only at the last.
 
 Axes: b batch, p position.
 """
@@ -15,7 +15,7 @@ from benchmarks.rows import Figure, Row, Settings, forward_flops, ratio
 from benchmarks.timing import interleaved
 from gemma3_jax import Gemma3Config, forward
 
-# (b, p), and whether every logit is asked for.
+# (b, p), and whether every position has logits.
 Cases = tuple[tuple[tuple[int, int], bool], ...]
 CASES: Cases = (((1, 128), True), ((4, 512), True), ((1, 4096), False))
 QUICK: Cases = (((1, 16), True), ((2, 80), False))
@@ -28,7 +28,7 @@ def logits_of(config: Gemma3Config, params: Any, tokens: jax.Array, logits_at: j
 
 
 def cases(settings: Settings) -> Cases:
-    """The shapes that are measured."""
+    """The shapes to measure."""
     return QUICK if settings.quick else CASES
 
 
@@ -64,6 +64,6 @@ def _row(settings: Settings, dtype: str, shape: tuple[int, int], everywhere: boo
     if peers.installed("gemma"):
         runs["DeepMind gemma"] = deepmind.forward_peer(config, params, tokens, dtype, last=not everywhere)
     seconds = interleaved(runs, settings.rounds)
-    # On a CPU the goal in bfloat16 is what XLA allows, which `benchmarks.parts` shows.
+    # On a CPU, XLA's products limit bfloat16, so there is no goal; `benchmarks.parts` measures them.
     goal = 1.0 if dtype == "float32" or jax.default_backend() != "cpu" else None
     return row_of(config, dtype, shape, everywhere, seconds, (ratio(seconds, goal),))

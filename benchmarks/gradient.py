@@ -1,4 +1,4 @@
-"""Gradients of the loss: with respect to every parameter, and to the residual stream of every layer."""
+"""Gradients of the loss with respect to every parameter, and with respect to the residual stream of every layer."""
 
 import functools
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def of_residuals(config: Gemma3Config, params: Any, tokens: jax.Array) -> Any:
 
 
 def torch_gradients(model: Any, tokens: torch.Tensor, residuals: bool) -> Any:
-    """The same by Hugging Face: of every parameter, or retained in hooks of every layer."""
+    """The same gradients in Hugging Face: of every parameter, or of the layers' outputs, which hooks store."""
     model.requires_grad_(not residuals)
     if residuals:
         inputs = model.get_input_embeddings()(tokens).detach().requires_grad_(True)

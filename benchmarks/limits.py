@@ -1,4 +1,4 @@
-"""What the machine can do at best, measured: the limits that the benchmarks' results are held against."""
+"""Measures the best rates of the machine: the limits that the results of the benchmarks are compared with."""
 
 import functools
 import statistics
@@ -12,13 +12,13 @@ import numpy as np
 
 
 def measure(quick: bool = False) -> dict[str, float]:
-    """Per second: operations of a float32 and of a bfloat16 matrix product, bytes read, and bytes moved to the device.
+    """Rates per second: operations of float32 and bfloat16 matrix products, bytes read, and bytes moved to the device.
 
-    Medians of several runs; a matrix product in the precision that the port asks for.
+    Each is the median of several runs. The matrix products have the precision that the port uses.
     """
     n = 256 if quick else 3072
     read = 2**20 if quick else 2**29
-    # As a matrix by a vector, which is faster than a sum, and what decoding does.
+    # A product of a matrix and a vector reads faster than a sum, and decoding does the same.
     matrix, vector = jnp.ones((2**8, read // 2**10)), jnp.ones(read // 2**10)
     host = np.ones(read // 8, np.float32)
     product = jax.jit(functools.partial(jnp.matmul, precision="highest", preferred_element_type=jnp.float32))
@@ -31,7 +31,7 @@ def measure(quick: bool = False) -> dict[str, float]:
 
 
 def shares(row: dict[str, Any], limits: dict[str, float]) -> dict[str, float]:
-    """How much of each limit a row's port reaches: of the time that it takes, what the limit alone would take."""
+    """The share of each limit that the port reaches in a row: (work / limit) / measured seconds."""
     needed = {"operations": (row["flops"], f"{row['dtype']} operations"), "bandwidth": (row["bytes"], "bytes read")}
     return {
         name: work / limits[limit] / row["seconds"]["port"]

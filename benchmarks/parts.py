@@ -1,9 +1,9 @@
 """Where the time of a forward pass goes: its matrix products alone, its attention alone, and the rest.
 
-The products are also timed in torch, by the modules of a Hugging Face model. No forward pass of torch is faster than
-its products, so that they bound what a peer can do where a whole pass of it would take too long to wait for.
+The products are also timed in torch, with the modules of a Hugging Face model. A forward pass in torch is not faster
+than its products, so they bound a peer whose whole forward pass would take too long.
 
-Every weight is multiplied once, by random rows; the results are added up, so that none can be left out.
+Every weight is multiplied once, by random rows. The results are summed, so the compiler cannot drop any of them.
 
 Axes: b batch, p position, d hidden_size, n heads, e head_dim, f intermediate_size, V vocabulary.
 """
@@ -22,9 +22,9 @@ from benchmarks.forward import cases, logits_of, row_of
 from benchmarks.rows import Figure, Row, Settings
 from benchmarks.timing import interleaved
 from gemma3_jax import Gemma3Config
-from gemma3_jax.attention import visible
-from gemma3_jax.kernels import SHORT, attend, dense
-from gemma3_jax.products import heads_in, heads_out, linear, unembed
+from gemma3_jax.compute.attention import SHORT, attend, dense
+from gemma3_jax.compute.projections import heads_in, heads_out, linear, unembed
+from gemma3_jax.model.masks import mask_of
 
 
 def rows(settings: Settings) -> Iterator[Row]:
@@ -37,11 +37,11 @@ def rows(settings: Settings) -> Iterator[Row]:
 
 @functools.partial(jax.jit, static_argnames=("config", "everywhere"))
 def products(config: Gemma3Config, params: Any, x: jax.Array, everywhere: bool) -> jax.Array:
-    """[b, p or 1, V] of x [b, p, d]: the products of the port, in the forms that `gemma3_jax.products` gives them."""
+    """[b, p or 1, V] of x [b, p, d]: the products of the port, in the forms of `gemma3_jax.compute.projections`."""
     for i in range(config.num_hidden_layers):
         attn, mlp = params[f"blocks_{i}"]["attn"], params[f"blocks_{i}"]["mlp"]
         q, k, v = (heads_in(x, attn[name]["weight"]) for name in "qkv")
-        # [b, p, d] + a number of the keys and values, which cannot be left out then
+        # [b, p, d] + one number of the keys and values, so that the compiler cannot drop them
         x = heads_out(q, attn["o"]["weight"]) + (k + v)[0, 0, 0, 0]
         x = linear(linear(x, mlp["gate"]["weight"]) + linear(x, mlp["in"]["weight"]), mlp["out"]["weight"])
     x = x if everywhere else x[:, -1:]
@@ -52,17 +52,17 @@ def products(config: Gemma3Config, params: Any, x: jax.Array, everywhere: bool) 
 
 @functools.partial(jax.jit, static_argnames="config")
 def attention(config: Gemma3Config, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """[b, p, n, e]: what every layer makes of queries [b, p, n, e] that the layer before it made."""
+    """[b, p, n, e]: the attention of all layers in sequence. The output of one layer is the queries of the next."""
     scale, columns = config.query_pre_attn_scalar**-0.5, jnp.arange(q.shape[1])
     for kind in config.layer_types:
-        mask = visible(config, kind, q.shape[1], None)
+        mask = mask_of(config, kind, q.shape[1], None)
         short = q.shape[1] < SHORT
         q = dense(q, k, v, scale, mask.seen(columns, columns)) if short else attend(q, k, v, scale, mask)
     return q
 
 
 def torch_products(model: Any, x: torch.Tensor, everywhere: bool) -> Any:
-    """The same products by the modules of a Hugging Face model; one number, once all are done."""
+    """The same products with the modules of a Hugging Face model; returns one number after all of them."""
     with torch.inference_mode():
         for layer in model.model.layers:
             attn, mlp = layer.self_attn, layer.mlp
@@ -73,7 +73,7 @@ def torch_products(model: Any, x: torch.Tensor, everywhere: bool) -> Any:
 
 
 def inputs(config: Gemma3Config, model: Any, dtype: str, shape: tuple[int, int]) -> tuple[jax.Array, torch.Tensor]:
-    """The same random rows [b, p, d] for both."""
+    """Random rows [b, p, d], the same for JAX and torch."""
     x = jax.random.normal(jax.random.key(0), (*shape, config.hidden_size))
     return x.astype(dtype), torch.tensor(x.tolist(), dtype=getattr(torch, dtype), device=model.device)
 

@@ -1,7 +1,7 @@
 """A grid of activation patching (residual stream by layer and position) against loops of forward passes.
 
-Peers run one forward pass for each place, as their users do; of the grid they run a sample, spread evenly over it, and
-their time for the whole grid is the median of the sample times the number of places.
+Peers run one forward pass for each place, as their users do. They run only a sample, spread evenly over the grid. Their
+time for the whole grid is the median time of the sample times the number of places.
 """
 
 import functools
@@ -32,7 +32,7 @@ def metric(logits: jax.Array) -> jax.Array:
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of one call, and what it returned."""
+    """Seconds of one call, and its result."""
     start = time.perf_counter()
     result = jax.block_until_ready(run())
     return time.perf_counter() - start, result
@@ -113,7 +113,7 @@ def rows(settings: Settings) -> Iterator[Row]:
 
 
 def _grid(model: HookedGemma3, hf: Any, clean: np.ndarray, corrupted: np.ndarray, sample: int, rounds: int) -> Row:
-    """Seconds of the whole grid: the port's, and each peer's from its sample."""
+    """Seconds of the whole grid: measured for the port, and extrapolated from the sample for each peer."""
     loops: dict[str, Callable[[int, int], float]] = {
         "HF hooks": HuggingFaceLoop(hf, corrupted, clean, last_logits=False),
         "HF hooks, last logits": HuggingFaceLoop(hf, corrupted, clean, last_logits=True),

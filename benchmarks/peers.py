@@ -1,4 +1,4 @@
-"""What users would pick instead: Hugging Face, plain and with hooks; others where installed (`benchmarks/peers.sh`)."""
+"""The alternatives: Hugging Face, plain and with hooks, and other libraries if installed (`benchmarks/peers.sh`)."""
 
 import contextlib
 import functools
@@ -36,7 +36,7 @@ def pair(config: Gemma3Config, dtype: str, shape: tuple[int, int]) -> tuple[Any,
 
 
 def run_torch(model: Any, tokens: torch.Tensor, **options: Any) -> Any:
-    """One forward pass, waited for."""
+    """One forward pass; returns when it has finished."""
     with torch.inference_mode():
         logits = model(input_ids=tokens, use_cache=False, **options).logits
         if logits.is_cuda:
@@ -45,13 +45,13 @@ def run_torch(model: Any, tokens: torch.Tensor, **options: Any) -> Any:
 
 
 def with_attention(model: Any, attention: str, run: Callable[[], Any]) -> Any:
-    """Run with one of Hugging Face's implementations of attention; the weights stay where they are."""
+    """Run with one of Hugging Face's implementations of attention, on the same weights."""
     model.set_attn_implementation(attention)
     return run()
 
 
 def forward_peers(model: Any, tokens: torch.Tensor, compiled: bool, **options: Any) -> dict[str, Callable[[], Any]]:
-    """Hugging Face's forward pass in each of the ways that it can be run."""
+    """Hugging Face's forward pass with each implementation of attention, and optionally compiled."""
     peers = {
         name: functools.partial(with_attention, model, attention, lambda: run_torch(model, tokens, **options))
         for name, attention in ATTENTION.items()
@@ -66,7 +66,7 @@ def forward_peers(model: Any, tokens: torch.Tensor, compiled: bool, **options: A
 
 @contextlib.contextmanager
 def kept_outputs(model: Any, layers_only: bool) -> Iterator[dict[str, Any]]:
-    """Forward hooks that keep what every layer, or every module, returns, as a Hugging Face user would."""
+    """Forward hooks that store the output of every layer or every module, as a Hugging Face user would."""
     kept: dict[str, Any] = {}
 
     def hook(name: str, module: Any, args: Any, output: Any) -> None:
@@ -83,7 +83,7 @@ def kept_outputs(model: Any, layers_only: bool) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def steered(model: Any, layer: int, vector: np.ndarray) -> Iterator[None]:
-    """A forward hook that adds a vector to what a layer returns."""
+    """A forward hook that adds a vector to the output of a layer."""
     step = torch.from_numpy(vector).to(model.device, model.dtype)
 
     def add(module: Any, args: Any, output: Any) -> Any:
@@ -97,7 +97,7 @@ def steered(model: Any, layer: int, vector: np.ndarray) -> Iterator[None]:
 
 
 def installed(package: str) -> bool:
-    """Whether a peer can take part."""
+    """Whether a peer is installed."""
     return importlib.util.find_spec(package) is not None
 
 
@@ -107,7 +107,7 @@ def bridge(model: Any) -> Any:
 
     from gemma3_jax import TINY
 
-    # It reads the architecture from a config file, and wants a tokenizer, which nothing here uses.
+    # It reads the architecture from a config file, and needs a tokenizer, which the benchmarks do not use.
     with tempfile.TemporaryDirectory() as directory:
         model.config.architectures = ["Gemma3ForCausalLM"]
         model.config.save_pretrained(directory)
@@ -116,7 +116,7 @@ def bridge(model: Any) -> Any:
 
 
 def nnsight_residuals(model: Any, tokens: torch.Tensor) -> Callable[[], Any]:
-    """nnsight, saving what every layer returns."""
+    """A run of nnsight that saves the output of every layer."""
     import nnsight
 
     traced = nnsight.NNsight(model)

@@ -1,4 +1,4 @@
-"""What a benchmark reports, and what it is asked to do."""
+"""The rows and figures that a benchmark reports, and its settings."""
 
 import dataclasses
 from typing import Any
@@ -8,10 +8,10 @@ from gemma3_jax import Gemma3Config
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """Settings of a run of the benchmarks.
 
     Attributes:
-        size: a published size, or "quick": a model of three narrow layers and short inputs, which shows that all runs.
+        size: a published size, or "quick": three narrow layers and short inputs, to check that everything runs.
         dtypes: of the parameters.
         rounds: interleaved turns of each measurement.
     """
@@ -22,7 +22,7 @@ class Settings:
 
     @property
     def quick(self) -> bool:
-        """Whether only to see that everything runs."""
+        """Whether the run only checks that everything runs."""
         return self.size == "quick"
 
     @property
@@ -36,9 +36,9 @@ class Figure:
     """One number with its goal.
 
     Attributes:
-        name: what it is.
-        value: as a fraction or a ratio; seconds where the name says so.
-        goal: None where there is none.
+        name: its label on the page.
+        value: a fraction or a ratio; seconds if the name says so.
+        goal: the value to reach, or None.
         at_least: whether more is better.
         percent: whether to show it as a percentage.
     """
@@ -51,13 +51,13 @@ class Figure:
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal is reached."""
+        """Whether the goal is reached; None without a goal."""
         if self.goal is None:
             return None
         return self.value >= self.goal if self.at_least else self.value <= self.goal
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, with the verdict."""
+        """The figure for JSON, with `met`."""
         return dataclasses.asdict(self) | {"met": self.met}
 
 
@@ -66,13 +66,13 @@ class Row:
     """One measurement.
 
     Attributes:
-        case: what was run.
+        case: the workload.
         dtype: of the parameters.
-        seconds: median by peer; the port's is "port".
-        figures: what they come to.
-        flops: floating-point operations of the port's run; 0 where they do not bound it.
-        bytes: that the port's run must read from memory at least; 0 likewise.
-        share_goal: for the share of the memory's bandwidth that the port reaches; None where there is none.
+        seconds: median seconds of each peer; the port is "port".
+        figures: the numbers computed from `seconds`.
+        flops: floating-point operations of the port's run; 0 if they do not bound it.
+        bytes: the fewest bytes that the port's run must read from memory; 0 if they do not bound it.
+        share_goal: goal for the share of the memory bandwidth that the port reaches, or None.
     """
 
     case: str
@@ -84,7 +84,7 @@ class Row:
     share_goal: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, with the verdict on each figure."""
+        """The row for JSON, with `met` in each figure."""
         return dataclasses.asdict(self) | {"figures": [figure.as_dict() for figure in self.figures]}
 
 
@@ -95,12 +95,12 @@ def ratio(seconds: dict[str, float], goal: float | None = None) -> Figure:
 
 
 def added(name: str, seconds: float, plain: float, goal: float | None = None) -> Figure:
-    """What something adds to a plain run."""
+    """The relative time that something adds: seconds / plain - 1."""
     return Figure(name, seconds / plain - 1, goal, at_least=False, percent=True)
 
 
 def narrow(layers: int) -> Gemma3Config:
-    """A model of that depth with the published pattern of layer types, and nothing else of size."""
+    """A narrow model of that depth with the published pattern of layer types."""
     return dataclasses.replace(
         Gemma3Config.preset("270m"),
         num_hidden_layers=layers,
@@ -117,7 +117,7 @@ def narrow(layers: int) -> Gemma3Config:
 def forward_flops(config: Gemma3Config, b: int, p: int, logits: int | None = None) -> float:
     """Multiplications and additions of a forward pass: 2 for each weight and token, 4 for each feature of each pair.
 
-    `logits` is at how many positions logits are computed, by default all. A local layer has the pairs in its window.
+    `logits` is the number of positions with logits, by default all. A local layer has only the pairs in its window.
     """
     c = config
     heads = 2 * c.num_attention_heads + 2 * c.num_key_value_heads

@@ -1,4 +1,4 @@
-"""How the benchmarks measure: peers in turn within one process, medians, and the machine they ran on."""
+"""Timing for the benchmarks: peers in turns within one process, medians, and the machine."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ import transformers
 
 
 def interleaved(peers: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each peer, after one warm-up: A B C A B C ..., so that a drifting machine hits all alike."""
+    """Median seconds of each peer, after one warm-up, in the order A B C A B C ..., so that drift affects all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in peers}
     for turn in range(rounds + 1):
         for name, run in peers.items():
@@ -33,7 +33,7 @@ def once(run: Callable[[], Any]) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """The hardware and the versions that the figures depend on."""
     device = jax.devices()[0]
     return {
         "platform": device.platform,

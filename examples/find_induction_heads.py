@@ -26,7 +26,7 @@ from rich.table import Table
 
 from gemma3_jax import TINY, ActivationCache, HookedGemma3, edits, pictures
 from gemma3_jax.analysis import attribution_patching, detect_heads, sweep
-from gemma3_jax.demo import repeated_tokens
+from gemma3_jax.cli.demo import repeated_tokens
 
 Z = "blocks.*.attn.hook_z"
 HALF = 16

@@ -50,7 +50,8 @@ def syllable_tokenizer() -> transformers.PreTrainedTokenizerFast:
         single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
     )
     named = dict(zip(("pad_token", "eos_token", "bos_token", "unk_token"), SPECIAL, strict=True))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
+    # On the left, as Gemma's own.
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **named)
 
 
 def repeated_sequences(key: jax.Array, rows: int, length: int, shortest: int, longest: int) -> jax.Array:

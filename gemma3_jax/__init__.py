@@ -2,17 +2,22 @@
 
 from pathlib import Path
 
-from gemma3_jax import analysis, edits, pictures, reductions
-from gemma3_jax.analysis import FactoredMatrix, patching
-from gemma3_jax.cache import ActivationCache
-from gemma3_jax.config import ConfigError, Gemma3Config, Rope
-from gemma3_jax.forward import forward, next_token_loss
-from gemma3_jax.gradients import grad_at
-from gemma3_jax.hooked import HookedGemma3
-from gemma3_jax.hooks import Hook, HookPoint
-from gemma3_jax.model import Gemma3
-from gemma3_jax.sites import UnknownSite, get_act_name, site_names
-from gemma3_jax.stacking import stack_layers, unstack_layers
+from etils import epy
+
+# A name is imported when it is first used: conversion needs the config alone.
+with epy.lazy_api_imports(globals()):
+    from gemma3_jax import analysis, edits, pictures, reductions
+    from gemma3_jax.analysis import FactoredMatrix, patching
+    from gemma3_jax.cache.activations import ActivationCache
+    from gemma3_jax.config import ConfigError, EmbeddingHead, Gemma3Config, Rope
+    from gemma3_jax.hooked.hooked import HookedGemma3
+    from gemma3_jax.hooks.interception import Hook, HookPoint
+    from gemma3_jax.model.layout import stack_layers, unstack_layers
+    from gemma3_jax.model.transformer import Gemma3
+    from gemma3_jax.run.forward import forward, next_token_loss
+    from gemma3_jax.run.gradients import grad_at
+    from gemma3_jax.sites.names import UnknownSite, get_act_name, site_names
+    from gemma3_jax.version import __version__ as __version__
 
 # The trained model that comes with the package: a checkpoint directory like any other.
 TINY = Path(__file__).with_name("tiny")
@@ -21,6 +26,7 @@ __all__ = [
     "TINY",
     "ActivationCache",
     "ConfigError",
+    "EmbeddingHead",
     "FactoredMatrix",
     "Gemma3",
     "Gemma3Config",

@@ -1,44 +1,108 @@
 """Compile quickly: most of the suite's time would go to optimising programs that run once.
 
-Processes that the tests start do not see this, so that the command line holds parity with code as users run it. They
-do inherit torch's one thread, and that no compiled program is kept.
+Processes that the tests start inherit most of this: few optimisations, torch's one thread, and that no compiled program
+is kept. Those that must run code as users do start with the environment of `tests.helpers.processes.as_users`.
 """
 
+import functools
+import gc
 import os
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 # Before torch is imported. Each test process has a core: torch's own threads would only wait for each other's.
 os.environ["OMP_NUM_THREADS"] = "1"
 # Before jax is imported. The command line keeps compiled programs in the home directory: no test reads or fills it.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# The quick benchmarks, in a process of their own, take two thirds of their CPU time with it. Bits may differ.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 
 import jax
 import pytest
+from jax._src.interpreters import mlir
 from jaxlib import xla_client
+from jaxtyping import install_import_hook
 
-# The older emitters of XLA:CPU compile in two thirds of the time. An XLA that does not know a flag ends the process.
+pytest.register_assert_rewrite("tests.helpers")  # their failed assertions show values too
+
+# The older emitters of XLA:CPU compile in two thirds of the time, and modules that are not split for several threads in
+# two thirds of that. An XLA that does not know a flag ends the process.
+FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 if version("jaxlib").startswith("0.10."):
     given = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{given} --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{given} {FLAGS}"
     assert xla_client.CompileOptions().executable_build_options.debug_options  # reads the flags, once
     os.environ["XLA_FLAGS"] = given
 
-jax.config.update("jax_disable_most_optimizations", True)
+    # JAX makes a context of MLIR for each program, in 6 ms. Most programs are single operations: one context for all
+    # saves a tenth of the time and half of the memory.
+    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+
+# For meshes; whatever is placed nowhere else stays on the first device.
+jax.config.update("jax_num_cpu_devices", 8)
+
+import tests.helpers.shape_checks  # noqa: F401, E402 # jaxtyping finds it as an attribute of `tests`
+
+# Before these are imported. Their functions then check the shapes and dtypes in their signatures while JAX traces them.
+install_import_hook(["gemma3_jax.compute", "gemma3_jax.model"], "tests.helpers.shape_checks.checked")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_built_at_import():
+    """Importing the tests must not build or run a model: every worker would do so before its first test."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("tests.")]
+    cached = {value for module in modules for value in vars(module).values() if hasattr(value, "cache_info")}
+    called = sorted(f"{each.__module__}.{each.__name__}" for each in cached if each.cache_info().currsize)
+    assert not called, "importing the tests called these; call them in tests or fixtures"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs():
-    """Forget a file's compiled programs: Linux gives a process 65,530 maps of memory, and XLA dies of one too many."""
+    """Forget a file's programs, and, once there are many, the operations outside of jit that files share.
+
+    Linux gives a process 65,530 maps of memory, and XLA dies of one too many. Most files add some
+    hundreds, `test_kernels` adds 11,000.
+    """
     yield
-    jax.clear_caches()
+    from gemma3_jax.run import compiled
+
+    compiled._program.cache_clear()
+    if Path("/proc/self/maps").read_bytes().count(b"\n") > 6_000:
+        jax.clear_caches()
+
+
+def pytest_collection_finish():
+    """Keep what imports made out of garbage collection: torch, transformers and jax are millions of objects."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--checkpoint",
+        metavar="DIR",
+        default=os.environ.get("GEMMA3_CHECKPOINT"),
+        help="directory of google/gemma-3-270m, for the tests marked `real`. Default: $GEMMA3_CHECKPOINT",
+    )
+
+
+@pytest.fixture(scope="session")
+def checkpoint(request) -> Path:
+    """The directory of a real checkpoint; without one the test is skipped."""
+    directory = request.config.getoption("--checkpoint")
+    if not directory:
+        pytest.skip("needs a real checkpoint: --checkpoint DIR, or GEMMA3_CHECKPOINT")
+    if not (Path(directory) / "config.json").is_file():
+        pytest.fail(f"--checkpoint is {directory}, which holds no config.json")
+    return Path(directory)
 
 
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Call `gemma3-jax` in this process; returns what `subprocess.run` does."""
-    from gemma3_jax import cli
+    from gemma3_jax.cli import main as cli
 
     def call(*arguments) -> subprocess.CompletedProcess:
         given = ["gemma3-jax", *map(str, arguments)]

@@ -10,11 +10,11 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_models import SMALL
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 
 from gemma3_jax import ConfigError, Gemma3Config, Rope
-from gemma3_jax.layers import rope_tables
+from gemma3_jax.model.rope import rope_tables
+from tests.helpers.random_models import SMALL
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -301,7 +301,8 @@ BAD_VALUES = [
     ("rope_scaling", [8.0], "rope_scaling"),
     ("rope_parameters", 5, "rope_parameters"),
     ("rope_parameters", {FULL: 5}, "rope_parameters|full_attention"),
-    ("rope_parameters", {"rope_type": "default", "rope_theta": 1e6}, "rope_parameters"),
+    ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e6}, "rope_type of full_attention"),
+    ("rope_parameters", {FULL: {"rope_type": "default"}, "beta_fast": 32.0}, "rope_parameters has beta_fast"),
     ("rope_parameters", {SLIDING: {"rope_type": "dynamic", "factor": 2.0}}, "rope_type of sliding_attention"),
     ("rope_parameters", {FULL: {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ("use_bidirectional_attention", "all", "use_bidirectional_attention"),
@@ -309,6 +310,16 @@ BAD_VALUES = [
     ("tie_word_embeddings", "yes", "tie_word_embeddings"),
     ("final_logit_softcapping", 0.0, "final_logit_softcapping"),
     ("final_logit_softcapping", "30", "final_logit_softcapping"),
+    ("final_logit_softcapping", 1e300, "final_logit_softcapping is 1e[+]300; .* float32 can hold"),
+    ("rms_norm_eps", 1e-60, "rms_norm_eps is 1e-60; .* float32 can hold"),
+    ("query_pre_attn_scalar", 1e-300, "query_pre_attn_scalar"),
+    ("rope_theta", 1e-300, "rope_theta of full_attention is 1e-300; .* float32 can hold"),
+    ("rope_theta", 10**400, "rope_theta of full_attention .* float32 can hold"),
+    ("rope_scaling", {"rope_type": "linear", "factor": 1e300}, "factor of full_attention .* float32 can hold"),
+    ("rope_scaling", {"rope_type": "linear", "factor": 1e-36}, "rope_full .* overflow float32"),
+    ("query_pre_attn_scalar", 10**400, "query_pre_attn_scalar"),
+    ("sliding_window", 2**31, "sliding_window is 2147483648; .* int32 can hold"),
+    ("eos_token_id", 2**31, "eos_token_id"),
     ("eos_token_id", "a", "eos_token_id"),
     ("eos_token_id", [[1]], "eos_token_id"),
     ("pad_token_id", 1.5, "pad_token_id"),

@@ -1,4 +1,4 @@
-"""Analysis on top of the model: what its weights, its heads and its residual stream say."""
+"""Analyses of a model's weights, heads and residual stream."""
 
 from gemma3_jax.analysis.attribution import attribution_patching, edge_attribution, integrated_gradients
 from gemma3_jax.analysis.circuits import all_composition_scores, composition_scores, ov_circuit, qk_circuit

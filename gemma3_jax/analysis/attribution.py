@@ -1,11 +1,12 @@
-"""Attribution: patching by its first derivative, for all places at once, from two forward passes and one backward.
+"""Attribution: a first-order estimate of patching at all places at once, from two forward passes and one backward pass.
 
 Axes: b batch, p position, k key position, h query heads, d hidden_size, s senders, r receivers.
 """
 
-import functools
+from __future__ import annotations
+
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import einops
 import jax
@@ -15,15 +16,22 @@ import numpy as np
 from gemma3_jax.analysis import nodes
 from gemma3_jax.analysis.patching import Axis, clean_cache, grid_letters
 from gemma3_jax.analysis.paths import reads_at
-from gemma3_jax.cache import ActivationCache
-from gemma3_jax.edits import Replace
-from gemma3_jax.forward import captured_names, checked_logits_at, forward
-from gemma3_jax.gradients import Metric, grad_at
-from gemma3_jax.hooked import HookedGemma3
-from gemma3_jax.hooks import as_pytree
-from gemma3_jax.products import matmul
-from gemma3_jax.sites import get_act_name, resolve, site
-from gemma3_jax.text import Input
+from gemma3_jax.cache.activations import ActivationCache
+from gemma3_jax.compute.matmul import matmul
+from gemma3_jax.hooked.hooked import HookedGemma3
+from gemma3_jax.hooked.requests import request_of, traced_metric
+from gemma3_jax.hooked.tokenizer import Input
+from gemma3_jax.hooks.edits import Replace
+from gemma3_jax.hooks.tracing import Traced
+from gemma3_jax.inputs import as_array
+from gemma3_jax.run.compiled import run_compiled
+from gemma3_jax.run.forward import run
+from gemma3_jax.run.gradients import Metric, differentiable, gradients, scalar
+from gemma3_jax.run.request import Request
+from gemma3_jax.run.selection import captured_names
+from gemma3_jax.sites.names import get_act_name, resolve
+from gemma3_jax.sites.table import site
+from gemma3_jax.types import ArrayLike, IntegersLike, Params
 
 
 def attribution_patching(
@@ -34,23 +42,24 @@ def attribution_patching(
     name: str | Sequence[str],
     by: tuple[Axis, ...],
     *,
-    attention_mask: Any = None,
-    logits_at: Any = None,
-) -> Any:
+    attention_mask: IntegersLike | None = None,
+    logits_at: IntegersLike | None = None,
+) -> jax.Array | dict[str, jax.Array]:
     """How much the metric would change with each clean activation patched in, to first order.
 
-    `(clean - corrupted) . gradient`, summed over the axes that are not in `by`; the gradient is that of the corrupted
-    run. An estimate of `activation_patching(...)` minus the metric of the corrupted run, with the same arguments and
-    shape, for the price of about four forward passes in place of one for each place. It is exact where the metric is
-    linear in the activation, and poor where a softmax or a norm saturates: check what matters by `activation_patching`.
+    This is `(clean - corrupted) . gradient`, summed over the axes that are not in `by`, with the gradient of the
+    corrupted run. It estimates `activation_patching(...)` minus the metric of the corrupted run, with the same
+    arguments and shape. It costs about four forward passes, while patching costs one for each place. The estimate is
+    exact where the metric is linear in the activation, and poor where a softmax or a norm saturates. Check important
+    values with `activation_patching`.
 
     Source: Nanda 2023, "Attribution patching"; Syed et al. 2023 (arXiv 2310.10348).
 
-    Peak memory: a backward pass without the parameters' gradients, and the site in every layer three times.
+    Peak memory: a backward pass without the parameters' gradients, and three copies of the site in every layer.
 
     Args:
         model, corrupted, clean, metric, by, attention_mask: as in `activation_patching`.
-        name: as in `activation_patching`, or several of them, for the price of one.
+        name: as in `activation_patching`, or several names, at no extra cost.
         logits_at: positions at which the metric needs logits; see `forward`.
 
     Returns:
@@ -66,36 +75,37 @@ def attribution_patching(
     """
     names = (name,) if isinstance(name, str) else tuple(name)
     first = {each: get_act_name(each, 0, config=model.config) for each in names}
-    tokens, mask = model.encode(corrupted, attention_mask)
+    inputs = model.inputs(corrupted, attention_mask)
+    request = request_of(model, inputs, logits_at=logits_at)
     reductions = {each: f"{site(at).axes} -> {' '.join(grid_letters(at, by))}" for each, at in first.items()}
     globs = {each: at.replace("blocks.0.", "blocks.*.") for each, at in first.items()}
-    found = _attributions(
-        model.config,
+    scores = run_compiled(
+        _attributions,
         model.params,
-        tokens,
-        as_pytree(metric),
-        clean_cache(model, clean, tuple(globs.values()), tokens.shape, mask),
-        mask,
-        checked_logits_at(logits_at, tokens.shape, None),
+        request,
+        traced_metric(model, request, metric, check=scalar),
+        clean_cache(model, clean, tuple(globs.values()), inputs, attention_mask),
         sites=tuple((each, globs[each], reductions[each]) for each in names),
     )
-    return found[name] if isinstance(name, str) else found
+    return scores[name] if isinstance(name, str) else scores
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sites"))
-def _attributions(config, params, tokens, metric, clean, attention_mask, logits_at, *, sites) -> dict[str, jax.Array]:
-    options = {"attention_mask": attention_mask, "logits_at": logits_at}
-    _, cache = grad_at(config, params, tokens, [glob for _, glob, _ in sites], metric, **options)
+def _attributions(
+    params: Params, request: Request, metric: Traced, clean: ActivationCache, *, sites: tuple[tuple[str, str, str], ...]
+) -> dict[str, jax.Array]:
+    config = request.config
+    named = differentiable(config, [glob for _, glob, _ in sites])
+    _, cache = gradients(params, request, metric, named=named)
 
     def by_layer(glob: str, reduction: str) -> jax.Array:
-        moved = [_moved(clean, cache, name) * cache.grads[name] for name in captured_names(config, glob)]
+        moved = [_moved(clean, cache, name) * cache[f"{name}_grad"] for name in captured_names(config, glob)]
         return jnp.stack([einops.reduce(value, reduction, "sum") for value in moved])
 
     return {name: by_layer(glob, reduction) for name, glob, reduction in sites}
 
 
 def _moved(clean: ActivationCache, corrupted: ActivationCache, name: str) -> jax.Array:
-    """By how much patching moves a value; 0 where masked scores, which are the same in both runs, would overflow."""
+    """The change of a value under patching; 0 where both runs agree, because masked scores would overflow."""
     a, b = (cache[name].astype(jnp.float32) for cache in (clean, corrupted))
     return jnp.where(a == b, 0.0, a - b)
 
@@ -106,17 +116,18 @@ def edge_attribution(
     clean: ActivationCache | Input,
     metric: Metric,
     *,
-    attention_mask: Any = None,
-    logits_at: Any = None,
+    attention_mask: IntegersLike | None = None,
+    logits_at: IntegersLike | None = None,
 ) -> jax.Array:
-    """How much the metric would change with each edge between two components made clean, to first order.
+    """How much the metric would change if each edge between two components became clean, to first order.
 
-    The estimate of `path_patching` from each sender to each receiver: what the sender's clean output adds to the
-    residual stream, through the real post-norm, times the gradient of the metric at what the receiver reads.
+    This estimates `path_patching` from each sender to each receiver. It multiplies the change that the sender's clean
+    output makes in the residual stream, through the real post-norm, by the gradient of the metric at the receiver's
+    input.
 
     Source: Syed et al. 2023 (arXiv 2310.10348), edge attribution patching.
 
-    Peak memory: a backward pass without the parameters' gradients; 4 s b p d bytes for what the senders write; and
+    Peak memory: a backward pass without the parameters' gradients; 4 s b p d bytes for the outputs of the senders; and
     per layer two copies of the residual stream for each head.
 
     Args:
@@ -124,8 +135,8 @@ def edge_attribution(
         clean: the other run's `ActivationCache`, with `nodes.sites_written(config)`, or its input.
 
     Returns:
-        [s, r] float32, for `nodes.senders(config)` and `nodes.receivers(config)`; 0 where the receiver does not hear
-        the sender.
+        [s, r] float32, for `nodes.senders(config)` and `nodes.receivers(config)`; 0 where the receiver does not
+        read the sender's output.
 
     >>> from gemma3_jax import TINY, HookedGemma3
     >>> from gemma3_jax.analysis import nodes
@@ -134,29 +145,26 @@ def edge_attribution(
     >>> scores.shape == (len(nodes.senders(model.config)), len(nodes.receivers(model.config)))
     True
     """
-    config = model.config
-    tokens, mask = model.encode(corrupted, attention_mask)
-    cache = clean_cache(model, clean, nodes.sites_written(config), tokens.shape, mask)
-    logits_at = checked_logits_at(logits_at, tokens.shape, None)
-    return _edges(config, model.params, tokens, as_pytree(metric), cache, mask, logits_at)
+    inputs, written_at = model.inputs(corrupted, attention_mask), nodes.sites_written(model.config)
+    request = request_of(model, inputs, written_at, logits_at=logits_at)
+    cache = clean_cache(model, clean, written_at, inputs, attention_mask)
+    return run_compiled(_edges, model.params, request, traced_metric(model, request, metric, check=scalar), cache)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _edges(config, params, tokens, metric, clean, attention_mask, logits_at) -> jax.Array:
+def _edges(params: Params, request: Request, metric: Traced, clean: ActivationCache) -> jax.Array:
+    config = request.config
     senders, receivers = nodes.senders(config), nodes.receivers(config)
-    written_at = nodes.sites_written(config)
-    _, corrupted = forward(config, params, tokens, written_at, attention_mask=attention_mask, return_type=None)
+    _, corrupted = run(params, dataclasses.replace(request, return_type=None, logits_at=None))
     written = nodes.written_differences(config, params, clean, corrupted)
-    # Of a kind and layer the receivers stand together: one site has them all.
+    # The receivers of one kind and layer are adjacent: one site holds them all.
     read_at = tuple(dict.fromkeys(reads_at(node) for node in receivers))
-    options = {"attention_mask": attention_mask, "logits_at": logits_at}
-    _, cache = grad_at(config, params, tokens, read_at, metric, **options)
-    scores = jnp.concatenate([_heard(written, cache.grads[name]) for name in read_at], axis=1)
-    hears = np.asarray([[nodes.writes_before(sender, receiver) for receiver in receivers] for sender in senders])
-    return jnp.where(hears, scores, 0.0)
+    _, cache = gradients(params, request, metric, named=read_at)
+    scores = jnp.concatenate([_scores(written, cache[f"{name}_grad"]) for name in read_at], axis=1)
+    reads = np.asarray([[nodes.writes_before(sender, receiver) for receiver in receivers] for sender in senders])
+    return jnp.where(reads, scores, 0.0)
 
 
-def _heard(written: jax.Array, gradient: jax.Array) -> jax.Array:
+def _scores(written: jax.Array, gradient: jax.Array) -> jax.Array:
     # [b, p, d] -> [b, p, 1, d]
     gradient = gradient if gradient.ndim == 4 else gradient[:, :, None]
     # [s, b, p, d] x [b, p, n, d] -> [s, n]
@@ -168,17 +176,17 @@ def integrated_gradients(
     input: Input,
     name: str,
     metric: Metric,
-    baseline: Any = 0.0,
+    baseline: ArrayLike = 0.0,
     *,
     steps: int = 16,
-    attention_mask: Any = None,
-    logits_at: Any = None,
+    attention_mask: IntegersLike | None = None,
+    logits_at: IntegersLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Each element's share in the change of the metric, as a site goes from a baseline to the value it has.
+    """Each element's share in the change of the metric when a site goes from a baseline to its value.
 
-    `(value - baseline) * mean gradient` on the straight line between them, by Gauss-Legendre quadrature. The shares sum
-    to the metric minus its value at the baseline: the second result is what is missing from that, so that you can tell
-    whether `steps` suffices.
+    A share is `(value - baseline) * mean gradient` on the straight line between them, by Gauss-Legendre quadrature.
+    Exact shares would sum to the metric minus its value at the baseline. The second result is the missing part of that
+    sum; it shows whether `steps` suffices.
 
     Source: Sundararajan et al. 2017 (arXiv 1703.01365).
 
@@ -189,7 +197,8 @@ def integrated_gradients(
         input: text, texts or ids [b, p].
         name: one site, by any of its names; `"hook_embed"` gives the shares of the tokens, summed over d.
         metric: `metric(logits) -> []`, see `grad_at`.
-        baseline: what the site's value starts from: an array that broadcasts to it, or another run's.
+        baseline: the value at the start of the line: an array that broadcasts to the site's value, or the value in
+            another run.
         steps: points on the line; each costs about three forward passes.
         attention_mask: [b, p], 1 at real tokens.
         logits_at: positions at which the metric needs logits; see `forward`.
@@ -204,37 +213,44 @@ def integrated_gradients(
     True
     """
     if steps < 1:
-        raise ValueError(f"steps is {steps}; it takes one at least")
+        raise ValueError(f"steps is {steps}; it must be at least 1")
     match = resolve(name, model.config)
     if site(match.name).dtype == "int32" or match.layout is not None:
-        raise ValueError(f"{name} has token ids or another layout; name {match.name} by our name, or hook_embed")
-    tokens, mask = model.encode(input, attention_mask)
-    logits_at = checked_logits_at(logits_at, tokens.shape, None)
+        raise ValueError(
+            f"{name} has token ids, or Hugging Face's layout; use the canonical name {match.name}, or hook_embed"
+        )
+    request = request_of(model, model.inputs(input, attention_mask), logits_at=logits_at)
     # Nodes and weights on [-1, 1] -> on [0, 1]
     points, weights = np.polynomial.legendre.leggauss(steps)
     line = jnp.asarray((points + 1) / 2, jnp.float32), jnp.asarray(weights / 2, jnp.float32)
-    baseline = jnp.asarray(baseline, jnp.float32)
-    return _integrated(
-        model.config, model.params, tokens, as_pytree(metric), baseline, line, mask, logits_at, name=match.name
-    )
+    baseline = jnp.array(as_array(baseline), jnp.float32)
+    measure = traced_metric(model, request, metric, check=scalar)
+    return run_compiled(_integrated, model.params, request, measure, baseline, line, name=match.name)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "name"))
-def _integrated(config, params, tokens, metric, baseline, line, attention_mask, logits_at, *, name):
-    options = {"attention_mask": attention_mask, "logits_at": logits_at}
-    at_value, cache = grad_at(config, params, tokens, name, metric, **options)
+def _integrated(
+    params: Params,
+    request: Request,
+    metric: Traced,
+    baseline: jax.Array,
+    line: tuple[jax.Array, jax.Array],
+    *,
+    name: str,
+) -> tuple[jax.Array, jax.Array]:
+    at_value, cache = gradients(params, request, metric, named=(name,))
     value = cache[name].astype(jnp.float32)
-    way = value - baseline
+    change = value - baseline
 
-    def at(edit):
-        return grad_at(config, params, tokens, name, metric, edits={name: edit}, **options)
+    def at(edit: Replace) -> tuple[jax.Array, ActivationCache]:
+        edited = dataclasses.replace(request, edits={name: (edit,)})
+        return gradients(params, edited, metric, named=(name,))
 
-    def add(total, point):
-        where, weight = point
-        _, there = at(Replace(baseline + where * way))
-        return total + weight * there.grads[name], None
+    def add(total: jax.Array, point: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        fraction, weight = point
+        _, edited_cache = at(Replace(baseline + fraction * change))
+        return total + weight * edited_cache[f"{name}_grad"], None
 
     mean, _ = jax.lax.scan(add, jnp.zeros_like(value), line)
-    shares = way * mean
+    shares = change * mean
     at_baseline, _ = at(Replace(jnp.broadcast_to(baseline, value.shape)))
     return shares, at_value - at_baseline - jnp.sum(shares)

@@ -1,30 +1,36 @@
 """`FactoredMatrix`: a product of two thin matrices that is never multiplied out.
 
-The circuits of an attention head are [d, d] matrices of rank head_dim: at the 1b shape one is 5 MB in float32 and its
-factors are a fifth of that each, and what is asked about it (norm, singular values, eigenvalues) takes only matrices
-of the inner size.
+The circuits of an attention head are [d, d] matrices of rank head_dim. At the 1b shape, one circuit is 5 MB in float32,
+and each of its factors is a fifth of that. Norm, singular values and eigenvalues need only matrices of the inner size.
 
-Axes: m and n the sizes of the product, r the inner one; `...` batch axes, such as layers and heads.
+Axes: m and n are the sizes of the product, r is the inner size, and `...` are batch axes, such as layers and heads.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import EllipsisType
+from typing import TypeAlias, overload
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma3_jax.products import matmul
+from gemma3_jax.compute.matmul import matmul
+from gemma3_jax.types import ArrayLike
+
+BatchIndex: TypeAlias = int | slice | EllipsisType | Sequence[int] | np.ndarray | jax.Array
 
 
 @flax.struct.dataclass
 class FactoredMatrix:
-    """The matrix A @ B [..., m, n], held as A [..., m, r] and B [..., r, n]; a pytree of the two.
+    """The matrix A @ B [..., m, n], stored as a pytree of A [..., m, r] and B [..., r, n].
 
-    Batch axes of A and B broadcast. With `@` on either side of a matrix (or of a batch of them) or of another
-    FactoredMatrix it gives a FactoredMatrix, with a vector [n] (or [m] from the left) a vector. With `*` it is scaled
-    by a number, or by one number for each batch entry. Products have the factors' dtype; decompositions are float32.
-    Memory: each result is computed afresh, and takes what its docstring says for every batch entry.
+    Batch axes of A and B broadcast. `@` with a matrix, a batch of matrices or another FactoredMatrix, on either side,
+    gives a FactoredMatrix. `@` with a vector [n] (or [m] on the left) gives a vector. `*` scales it by a number, or by
+    one number for each batch entry. Products have the factors' dtype; decompositions are float32.
+    Memory: each access computes its result again. The docstrings give the memory for one batch entry.
 
     Attributes:
         A: [..., m, r] array.
@@ -43,13 +49,13 @@ class FactoredMatrix:
     A: jax.Array
     B: jax.Array
 
-    __array_ufunc__ = None  # so that a numpy array on the left of `@` or `*` leaves the operation to this class
+    __array_ufunc__ = None  # a NumPy array on the left of `@` or `*` leaves the operation to this class
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         shapes = [np.shape(factor) if hasattr(factor, "shape") else () for factor in (self.A, self.B)]
-        # As a pytree it may hold anything for a while, such as the axes that vmap is told.
+        # As a pytree it may hold other things for a while, such as the in_axes of vmap.
         if all(len(shape) > 1 for shape in shapes) and shapes[0][-1] != shapes[1][-2]:
-            raise ValueError(f"A {shapes[0]} and B {shapes[1]} have no product: A's last axis must be B's last but one")
+            raise ValueError(f"A {shapes[0]} and B {shapes[1]} do not match: A's last axis must equal B's last but one")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,29 +74,29 @@ class FactoredMatrix:
 
     @property
     def AB(self) -> jax.Array:
-        """[..., m, n], the product itself. This is the memory that the class is there to save."""
+        """[..., m, n], the product itself. The class exists to avoid the memory that this takes."""
         return _product(self.A, self.B)
 
     @property
     def BA(self) -> jax.Array:
-        """[..., r, r], the product the other way round, which has the same nonzero eigenvalues; needs m = n."""
+        """[..., r, r], the product in the other order, which has the same nonzero eigenvalues; needs m = n."""
         self._need_square("BA")
         return _product(self.B, self.A)
 
     @property
-    def T(self) -> "FactoredMatrix":
+    def T(self) -> FactoredMatrix:
         """[..., n, m], the transpose."""
         return FactoredMatrix(self.B.mT, self.A.mT)
 
     def collapse_l(self) -> jax.Array:
-        """[..., r, n] float32: the product less an orthogonal factor on its left.
+        """[..., r, n] float32: the product without an orthogonal factor on its left.
 
-        It keeps the right singular vectors, the singular values and every norm of `self @ X`. (r is m where m < r.)
+        It has the same right singular vectors, singular values and norms of `self @ X`. (r is m where m < r.)
         """
         return _product(_triangle(self.A), _float32(self.B))
 
     def collapse_r(self) -> jax.Array:
-        """[..., m, r] float32: the product less an orthogonal factor on its right; see `collapse_l`."""
+        """[..., m, r] float32: the product without an orthogonal factor on its right; see `collapse_l`."""
         return self.T.collapse_l().mT
 
     def norm(self) -> jax.Array:
@@ -98,9 +104,9 @@ class FactoredMatrix:
         return jnp.linalg.norm(_product(_triangle(self.A), _triangle(self.B.mT).mT), axis=(-2, -1))
 
     def svd(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """U [..., m, r], S [..., r] in descending order and Vh [..., r, n], float32, with `U * S @ Vh` the product.
+        """U [..., m, r], S [..., r] in descending order and Vh [..., r, n], float32, where `U * S @ Vh` is the product.
 
-        By QR of both factors and the decomposition of an [r, r] matrix. (r is the least of m, n and r.)
+        Computed from the QR of both factors and the SVD of an [r, r] matrix. (r is the least of m, n and r.)
         Memory: twice the factors.
         """
         left, left_triangle = jnp.linalg.qr(_float32(self.A))
@@ -116,20 +122,20 @@ class FactoredMatrix:
 
     @property
     def S(self) -> jax.Array:
-        """[..., r], singular values, descending. The product's others are 0."""
+        """[..., r], singular values, descending. The other singular values of the product are 0."""
         return self.svd()[1]
 
     @property
     def Vh(self) -> jax.Array:
-        """[..., r, n], right singular vectors in rows. (TransformerLens' `Vh` is the transpose of it.)"""
+        """[..., r, n], right singular vectors in rows. (TransformerLens' `Vh` is the transpose.)"""
         return self.svd()[2]
 
     @property
     def eigenvalues(self) -> jax.Array:
-        """[..., r] complex64, in no order; the product's others are 0. Needs m = n. (r is m where m < r.)
+        """[..., r] complex64, unordered; the other eigenvalues of the product are 0. Needs m = n. (r is m where m < r.)
 
-        Those of the [r, r] matrix BA. XLA has no nonsymmetric eigenvalues on a TPU: there numpy computes them on the
-        host, which has no derivative.
+        These are the eigenvalues of the [r, r] matrix BA. XLA on a TPU cannot compute nonsymmetric eigenvalues: there
+        NumPy computes them on the host, without a derivative.
         """
         self._need_square("eigenvalues")
         small = self.BA if self.mdim <= self.A.shape[-2] else self.AB
@@ -141,13 +147,13 @@ class FactoredMatrix:
         # [..., m, r] * [..., m, r] -> [...]
         return jnp.sum(_float32(self.A) * _float32(self.B).mT, axis=(-2, -1))
 
-    def __getitem__(self, index: Any) -> "FactoredMatrix":
-        """The FactoredMatrix of some batch entries: `circuit[layer, head]`; not of rows or columns, which are `AB`'s.
+    def __getitem__(self, index: BatchIndex | tuple[BatchIndex, ...]) -> FactoredMatrix:
+        """The FactoredMatrix of some batch entries: `circuit[layer, head]`. For rows or columns, index `AB`.
 
         A traced index outside the batch gives NaN.
 
         Raises:
-            IndexError: there is no such entry, or no such batch axis.
+            IndexError: the entry or the batch axis does not exist.
         """
         index = index if isinstance(index, tuple) else (index,)
         if not any(isinstance(each, jax.core.Tracer) for each in index):
@@ -162,7 +168,11 @@ class FactoredMatrix:
 
         return FactoredMatrix(entries(self.A), entries(self.B))
 
-    def __matmul__(self, other: Any) -> Any:
+    @overload
+    def __matmul__(self, other: FactoredMatrix) -> FactoredMatrix: ...
+    @overload
+    def __matmul__(self, other: ArrayLike) -> FactoredMatrix | jax.Array: ...
+    def __matmul__(self, other: FactoredMatrix | ArrayLike) -> FactoredMatrix | jax.Array:
         if isinstance(other, FactoredMatrix):
             # [..., r, n] x [..., n, s] -> [..., r, s]
             middle = _product(self.B, other.A)
@@ -174,10 +184,10 @@ class FactoredMatrix:
             return _product(self.A, _product(self.B, other[:, None]))[..., 0]
         return FactoredMatrix(self.A, _product(self.B, other))
 
-    def __rmatmul__(self, other: Any) -> Any:
+    def __rmatmul__(self, other: ArrayLike) -> FactoredMatrix | jax.Array:
         return (self.T @ jnp.asarray(other).mT).T if np.ndim(other) > 1 else self.T @ other
 
-    def __mul__(self, scale: Any) -> "FactoredMatrix":
+    def __mul__(self, scale: ArrayLike) -> FactoredMatrix:
         # [...] -> [..., 1, 1]
         return FactoredMatrix(self.A * jnp.asarray(scale)[..., None, None], self.B)
 
@@ -198,6 +208,8 @@ def _float32(x: jax.Array) -> jax.Array:
 
 def _product(x: jax.Array, y: jax.Array) -> jax.Array:
     # [..., m, r] x [..., r, n] -> [..., m, n]
+    if x.shape[-1] != y.shape[-2]:  # einsum would broadcast an axis of size 1
+        raise ValueError(f"shapes {x.shape} and {y.shape} do not match: {x.shape[-1]} and {y.shape[-2]} must be equal")
     dtype = jnp.result_type(x, y)
     return matmul("...mr,...rn->...mn", x.astype(dtype), y.astype(dtype))
 

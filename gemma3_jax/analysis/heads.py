@@ -1,19 +1,26 @@
-"""Which heads attend as a previous-token, a duplicate-token or an induction head does.
+"""Find heads that attend like a previous-token head, a duplicate-token head or an induction head.
 
 Axes: L layers, b batch, h query heads, p query position, k key position.
 """
 
-import functools
-from typing import Any, Literal, get_args
+from __future__ import annotations
+
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from gemma3_jax.forward import forward
-from gemma3_jax.hooked import HookedGemma3
-from gemma3_jax.text import Input
+from gemma3_jax.hooked.hooked import HookedGemma3
+from gemma3_jax.hooked.requests import request_of
+from gemma3_jax.hooked.tokenizer import Input
+from gemma3_jax.positions import default_positions, packed_documents
+from gemma3_jax.run.compiled import run_compiled
+from gemma3_jax.run.forward import run
+from gemma3_jax.run.request import Request
+from gemma3_jax.sites.names import block
+from gemma3_jax.types import Integers, IntegersLike, Params
 
 HeadKind = Literal["previous_token_head", "duplicate_token_head", "induction_head"]
 ErrorMeasure = Literal["mul", "abs"]
@@ -27,26 +34,26 @@ def detect_heads(
     exclude_bos: bool = False,
     exclude_current_token: bool = False,
     error_measure: ErrorMeasure = "mul",
-    attention_mask: Any = None,
+    attention_mask: IntegersLike | None = None,
 ) -> jax.Array:
     """How well each head's attention pattern agrees with a given one: [L, h] float32, averaged over the batch.
 
-    Each row of the batch counts as it would alone, without its padding. Source: TransformerLens' `detect_head`, whose
-    scores these are (there rounded to three digits under "abs").
+    The score of a row does not depend on its padding or on the other rows. Source: TransformerLens' `detect_head`,
+    which has the same scores (rounded to three digits under "abs").
 
     Args:
         model: the model.
         input: text, texts, or token ids.
-        pattern: a kind of head, see `detection_pattern`, or the attention looked for, [p, p], query by key.
-        exclude_bos: leave out the attention to each row's first token, where idle heads rest.
+        pattern: a kind of head, see `detection_pattern`, or a pattern to compare with, [p, p], query by key.
+        exclude_bos: leave out the attention to each row's first token, to which inactive heads attend.
         exclude_current_token: leave out the attention of each token to itself.
-        error_measure: "mul" for the share of the head's attention that is on the pattern (of zeros and ones): 0 to 1,
-            and NaN where nothing of the head's attention is left. "abs" for 1 minus the mean over queries of the sum
-            of absolute differences: 1 where both are equal, -1 where they share nothing.
+        error_measure: "mul" or "abs". "mul" is the share of the head's attention that is on the pattern (of zeros and
+            ones): 0 to 1, and NaN if the exclusions leave no attention. "abs" is 1 minus the mean over queries of the
+            sum of absolute differences: 1 if the patterns are equal, -1 if they do not overlap.
         attention_mask: [b, p], 1 at real tokens; made for you when the input is text.
 
-    Memory: what the forward pass takes; one layer's attention pattern, 4 * b * h * p * p bytes, is its largest value
-    and is reduced to b * h numbers on the device, before the next layer's exists.
+    Memory: that of the forward pass. Its largest value is one layer's attention pattern, 4 * b * h * p * p bytes, which
+    is reduced to b * h numbers on the device before the pattern of the next layer is computed.
 
     Raises:
         ValueError: an unknown kind or measure; a pattern of another shape, or one with attention to later tokens,
@@ -60,27 +67,36 @@ def detect_heads(
     ((4, 4), [False, True, False, False])
     """
     if error_measure not in get_args(ErrorMeasure):
-        raise ValueError(f"error_measure is {error_measure!r}; it takes 'mul' and 'abs'")
-    tokens, mask = model.encode(input, attention_mask)
+        raise ValueError(f"error_measure is {error_measure!r}; it must be 'mul' or 'abs'")
+    request = request_of(model, model.inputs(input, attention_mask), block("*", "attn.hook_pattern"), return_type=None)
+    tokens = jnp.asarray(request.source)
+    mask = None if request.attention_mask is None else jnp.asarray(request.attention_mask)
+    documents = packed_documents(request.segment_ids, request.positions, mask)
     if isinstance(pattern, str):
-        wanted = detection_pattern(pattern, tokens, mask)
+        expected = detection_pattern(pattern, tokens, mask, documents)
     else:
-        wanted = _given(pattern, tokens, model.config.use_bidirectional_attention)
-    compared = _compared(tokens, mask, exclude_bos, exclude_current_token)
-    return _scores(model.config, model.params, tokens, mask, wanted, compared, error_measure=error_measure)
+        expected = _checked(pattern, tokens, model.config.use_bidirectional_attention)
+    compared = _compared(tokens, mask, documents, exclude_bos, exclude_current_token)
+    return run_compiled(_scores, model.params, request, expected, compared, error_measure=error_measure)
 
 
-def detection_pattern(kind: HeadKind, tokens: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
-    """[b, p, k] float32, 1 where a head of that kind looks.
+def detection_pattern(
+    kind: HeadKind,
+    tokens: jax.Array,
+    attention_mask: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+) -> jax.Array:
+    """[b, p, k] float32, 1 where a head of that kind attends, always within one document.
 
     Args:
-        kind: "previous_token_head", at the token before; "duplicate_token_head", at every earlier occurrence of the
-            same token; "induction_head", at the token after every earlier occurrence of the same token.
+        kind: "previous_token_head" attends to the token before; "duplicate_token_head" to every earlier occurrence of
+            the same token; "induction_head" to the token after every earlier occurrence of the same token.
         tokens: [b, p] ids.
         attention_mask: [b, p], 1 at real tokens.
+        segment_ids: [b, p] integers, the document of each token.
 
     Raises:
-        ValueError: there is no such kind.
+        ValueError: unknown kind.
 
     >>> import jax.numpy as jnp
     >>> from gemma3_jax.analysis import detection_pattern
@@ -89,29 +105,30 @@ def detection_pattern(kind: HeadKind, tokens: jax.Array, attention_mask: jax.Arr
     """
     if kind not in get_args(HeadKind):
         raise ValueError(f"there is no head kind {kind!r}; the kinds are {', '.join(get_args(HeadKind))}")
-    real = _real(tokens, attention_mask)
+    pairs = _pairs(_real(tokens, attention_mask), segment_ids)
     if kind == "previous_token_head":
-        looks = jnp.eye(tokens.shape[1], k=-1, dtype=bool)[None]
+        attends = jnp.eye(tokens.shape[1], k=-1, dtype=bool)[None]
     else:
         # [b, p, k]
-        looks = jnp.tril((tokens[:, :, None] == tokens[:, None, :]) & _pairs(real), k=-1)
+        attends = jnp.tril((tokens[:, :, None] == tokens[:, None, :]) & pairs, k=-1)
     if kind == "induction_head":
-        looks = jnp.pad(looks, ((0, 0), (0, 0), (1, 0)))[:, :, :-1]
-    return (looks & _pairs(real)).astype(jnp.float32)
+        attends = jnp.pad(attends, ((0, 0), (0, 0), (1, 0)))[:, :, :-1]
+    return (attends & pairs).astype(jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "error_measure"))
-def _scores(config, params, tokens, attention_mask, wanted, compared, *, error_measure):
-    name = "blocks.*.attn.hook_pattern"
-    _, cache = forward(config, params, tokens, name, attention_mask=attention_mask, return_type=None)
+def _scores(
+    params: Params, request: Request, expected: jax.Array, compared: jax.Array, *, error_measure: ErrorMeasure
+) -> jax.Array:
+    _, cache = run(params, request)
     # [b, p] -> [b, 1]
-    queries = jnp.sum(_real(tokens, attention_mask), axis=1, dtype=jnp.float32)[:, None]
+    real = _real(request.source, request.attention_mask)
+    queries = jnp.sum(real, axis=1, dtype=jnp.float32)[:, None]
 
     def agreement(pattern: jax.Array) -> jax.Array:
         # [b, h, p, k] over [b, 1, p, k] -> [b, h]
         if error_measure == "mul":
-            return _sum(pattern * wanted[:, None], compared) / _sum(pattern, compared)
-        return 1 - _sum(jnp.abs(pattern - wanted[:, None]), compared) / queries
+            return _sum(pattern * expected[:, None], compared) / _sum(pattern, compared)
+        return 1 - _sum(jnp.abs(pattern - expected[:, None]), compared) / queries
 
     return jnp.stack([jnp.mean(agreement(pattern), axis=0) for pattern in cache.values()])
 
@@ -120,19 +137,22 @@ def _sum(x: jax.Array, where: jax.Array) -> jax.Array:
     return jnp.sum(x, axis=(-2, -1), where=where[:, None])
 
 
-def _compared(tokens, attention_mask, exclude_bos: bool, exclude_current_token: bool) -> jax.Array:
+def _compared(
+    tokens: jax.Array,
+    attention_mask: jax.Array | None,
+    documents: jax.Array | None,
+    exclude_bos: bool,
+    exclude_current_token: bool,
+) -> jax.Array:
     """[b, p, k] bool: which entries of a pattern count."""
-    real = _real(tokens, attention_mask)
+    compared = _pairs(_real(tokens, attention_mask), documents)
     if exclude_bos:
-        first = jnp.argmax(real, axis=1)
-        keys = real & (jnp.arange(tokens.shape[1]) != first[:, None])
-    else:
-        keys = real
-    compared = real[:, :, None] & keys[:, None, :]
+        # [b, 1, k]
+        compared &= default_positions(tokens.shape, attention_mask, documents)[:, None] > 0
     return compared & ~jnp.eye(tokens.shape[1], dtype=bool) if exclude_current_token else compared
 
 
-def _given(pattern: Any, tokens: jax.Array, bidirectional: bool) -> jax.Array:
+def _checked(pattern: ArrayLike, tokens: jax.Array, bidirectional: bool) -> jax.Array:
     length = tokens.shape[1]
     if np.shape(pattern) != (length, length):
         raise ValueError(
@@ -143,11 +163,13 @@ def _given(pattern: Any, tokens: jax.Array, bidirectional: bool) -> jax.Array:
     return jnp.asarray(pattern, jnp.float32)[None]
 
 
-def _real(tokens: jax.Array, attention_mask: jax.Array | None) -> jax.Array:
+def _real(tokens: Integers, attention_mask: Integers | None) -> jax.Array:
     """[b, p] bool"""
-    return jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask.astype(bool)
+    return jnp.ones(tokens.shape, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
 
 
-def _pairs(real: jax.Array) -> jax.Array:
-    # [b, p], [b, k] -> [b, p, k]
-    return real[:, :, None] & real[:, None, :]
+def _pairs(real: jax.Array, documents: jax.Array | None) -> jax.Array:
+    """[b, p, k] bool: query and key are real tokens of one document."""
+    # [b, p, 1] with [b, 1, k]
+    pairs = real[:, :, None] & real[:, None, :]
+    return pairs if documents is None else pairs & (documents[:, :, None] == documents[:, None, :])

@@ -1,7 +1,9 @@
-"""The components of a model as a graph: what writes to the residual stream, and what reads from it.
+"""The components of a model as a graph: senders write to the residual stream, and receivers read from it.
 
 Axes: b batch, p position, h query heads, g key/value heads, e head_dim, d hidden_size.
 """
+
+from __future__ import annotations
 
 import functools
 from typing import Literal, NamedTuple
@@ -9,11 +11,13 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gemma3_jax.cache import ActivationCache
+from gemma3_jax.cache.activations import ActivationCache
+from gemma3_jax.compute.matmul import matmul
 from gemma3_jax.config import Gemma3Config
-from gemma3_jax.layers import RMSNorm
-from gemma3_jax.products import matmul
-from gemma3_jax.stacking import layer_params
+from gemma3_jax.model.layers import RMSNorm
+from gemma3_jax.model.layout import layer_params
+from gemma3_jax.sites.names import block
+from gemma3_jax.types import Params
 
 Kind = Literal["embed", "head", "mlp", "q", "k", "v", "logits"]
 
@@ -22,9 +26,9 @@ class Node(NamedTuple):
     """A component: a sender ("embed", "head", "mlp") or a receiver ("q", "k", "v", "mlp", "logits").
 
     Attributes:
-        kind: which of them.
+        kind: the kind of component.
         layer: block index; None for "embed" and "logits".
-        head: query head, of "k" and "v" the key/value head; None where there are no heads.
+        head: query head, or key/value head for "k" and "v"; None for kinds without heads.
 
     >>> str(Node("head", 3, 1)), str(Node("mlp", 2)), str(Node("k", 3, 0))
     ('L3H1', 'L2mlp', 'L3K0')
@@ -42,7 +46,7 @@ class Node(NamedTuple):
 
 
 def senders(config: Gemma3Config) -> tuple[Node, ...]:
-    """Everything that writes to the residual stream, in the model's order: the embedding, heads and MLPs."""
+    """All components that write to the residual stream, in the model's order: the embedding, heads and MLPs."""
     nodes = [Node("embed")]
     for i in range(config.num_hidden_layers):
         nodes += [Node("head", i, j) for j in range(config.num_attention_heads)]
@@ -51,33 +55,35 @@ def senders(config: Gemma3Config) -> tuple[Node, ...]:
 
 
 def receivers(config: Gemma3Config) -> tuple[Node, ...]:
-    """Everything that reads from the residual stream, in the model's order: q, k and v of heads, MLPs, the logits."""
+    """All components that read from the residual stream, in the model's order: q, k, v of heads, MLPs, the logits."""
     h, g = config.num_attention_heads, config.num_key_value_heads
     nodes: list[Node] = []
     for i in range(config.num_hidden_layers):
-        nodes += [Node(kind, i, j) for kind, n in (("q", h), ("k", g), ("v", g)) for j in range(n)]  # type: ignore[arg-type]
+        nodes += [Node("q", i, j) for j in range(h)]
+        nodes += [Node("k", i, j) for j in range(g)]
+        nodes += [Node("v", i, j) for j in range(g)]
         nodes.append(Node("mlp", i))
     return (*nodes, Node("logits"))
 
 
 def check(node: Node, known: tuple[Node, ...], role: str) -> Node:
-    """The node, if it is one of those; a plain tuple will do.
+    """The node, which may be a plain tuple, after a check that it is one of `known`.
 
     Raises:
-        ValueError: naming the node, and what is allowed.
+        ValueError: the node is not one of `known`.
     """
     node = Node(*node)
     if node not in known:
         kinds = ", ".join(dict.fromkeys(repr(each.kind) for each in known))
         raise ValueError(
-            f"{tuple(node)} is no {role} of this model; they are (kind, layer, head) with kinds {kinds}, from "
+            f"{tuple(node)} is not a {role} of this model; {role}s are (kind, layer, head) with kinds {kinds}, from "
             f"{tuple(known[0])} to {tuple(known[-1])}"
         )
     return node
 
 
 def writes_before(sender: Node, receiver: Node) -> bool:
-    """Whether what the sender writes is in what the receiver reads."""
+    """Whether the receiver's input contains the sender's output."""
     if sender.layer is None or receiver.layer is None:
         return True
     within = sender.kind == "head" and receiver.kind == "mlp"
@@ -85,33 +91,33 @@ def writes_before(sender: Node, receiver: Node) -> bool:
 
 
 def sites_written(config: Gemma3Config) -> tuple[str, ...]:
-    """The sites of which `written_differences` needs the activations."""
+    """The sites whose activations `written_differences` needs."""
     blocks = range(config.num_hidden_layers)
-    heads = [f"blocks.{i}.attn.{name}.hook_{side}" for i in blocks for name, side in (("o", "in"), ("o", "out"))]
-    return ("embed.hook_out", *heads, *(f"blocks.{i}.ln2_post.hook_out" for i in blocks))
+    heads = [block(i, f"attn.{name}.hook_{side}") for i in blocks for name, side in (("o", "in"), ("o", "out"))]
+    return ("embed.hook_out", *heads, *(block(i, "ln2_post.hook_out") for i in blocks))
 
 
 def written_differences(
-    config: Gemma3Config, params: dict, clean: ActivationCache, corrupted: ActivationCache
+    config: Gemma3Config, params: Params, clean: ActivationCache, corrupted: ActivationCache
 ) -> jax.Array:
-    """[s, b, p, d] float32: by how much each of `senders(config)`, made clean, changes the corrupted residual stream.
+    """[s, b, p, d] float32: the change of the corrupted residual stream if one of `senders(config)` becomes clean.
 
-    A head's output goes through the real post-norm, beside the corrupted outputs of the layer's other heads.
+    A head's output goes through the real post-norm, together with the corrupted outputs of the layer's other heads.
     Memory: 4 s b p d bytes.
     """
     parts = [_difference(clean, corrupted, "embed.hook_out")[None]]
     for i in range(config.num_hidden_layers):
-        block = layer_params(config, params, i)
+        weights = layer_params(config, params, i)
         parts.append(
             _heads_written(
-                block["attn"]["o"]["weight"],
-                block["ln1_post"]["weight"],
-                _difference(clean, corrupted, f"blocks.{i}.attn.o.hook_in"),
-                corrupted[f"blocks.{i}.attn.o.hook_out"],
+                weights["attn"]["o"]["weight"],
+                weights["ln1_post"]["weight"],
+                _difference(clean, corrupted, block(i, "attn.o.hook_in")),
+                corrupted[block(i, "attn.o.hook_out")],
                 config.rms_norm_eps,
             )
         )
-        parts.append(_difference(clean, corrupted, f"blocks.{i}.ln2_post.hook_out")[None])
+        parts.append(_difference(clean, corrupted, block(i, "ln2_post.hook_out"))[None])
     return jnp.concatenate(parts)
 
 
@@ -120,8 +126,10 @@ def _difference(clean: ActivationCache, corrupted: ActivationCache, name: str) -
 
 
 @functools.partial(jax.jit, static_argnames="eps")
-def _heads_written(weight, gain, z_difference, attn_out, eps) -> jax.Array:
-    """[h, b, p, d]: what each head's change of z [b, p, h, e] changes behind the post-norm of attn_out [b, p, d]."""
+def _heads_written(
+    weight: jax.Array, gain: jax.Array, z_difference: jax.Array, attn_out: jax.Array, eps: float
+) -> jax.Array:
+    """[h, b, p, d]: each head's effect on post-norm(attn_out [b, p, d]) when its z [b, p, h, e] changes."""
     # [b, p, h, e] x [h, e, d] -> [h, b, p, d]
     change = matmul("bphe,hed->hbpd", z_difference, weight.astype(jnp.float32))
     attn_out = attn_out.astype(jnp.float32)

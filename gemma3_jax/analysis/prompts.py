@@ -1,11 +1,13 @@
-"""How well a model foresees given tokens: the answer to a prompt, and every token of a text.
+"""How well a model predicts given tokens: the answer to a prompt, and every token of a text.
 
-Axes: b batch, p position, d hidden_size, V vocabulary, a tokens of an answer, k the most likely tokens.
+Axes: b batch, p position, d hidden_size, V vocabulary, a tokens of an answer, k most likely tokens.
 """
 
+from __future__ import annotations
+
 import dataclasses
-import functools
 import io
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,22 +18,27 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gemma3_jax.analysis.lens import in_chunks, read_rows, readout
-from gemma3_jax.forward import forward
-from gemma3_jax.hooked import HookedGemma3
-from gemma3_jax.text import Input
+from gemma3_jax.analysis.lens import LensArrays, in_chunks, read_rows, readout
+from gemma3_jax.hooked.hooked import HookedGemma3
+from gemma3_jax.hooked.requests import request_of
+from gemma3_jax.hooked.tokenizer import Input
+from gemma3_jax.positions import packed_documents
+from gemma3_jax.run.compiled import run_compiled
+from gemma3_jax.run.forward import run
+from gemma3_jax.run.request import Request
+from gemma3_jax.types import IntegersLike, Params
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptResult:
-    """How the model ranks each token of an answer, the tokens before it given; prints as a table.
+    """How the model ranks each token of an answer, given the tokens before it; prints as a table.
 
     Attributes:
         prompt: the prompt's tokens, as strings.
-        answer: the answer's a tokens, as strings.
-        ranks: [a] int, how many tokens the model finds more likely (0 is the most likely).
+        answer: the a tokens of the answer, as strings.
+        ranks: [a] int, the number of tokens that the model finds more likely (0 is the most likely).
         probabilities: [a] float32.
-        top_tokens: for each token of the answer the k most likely ones in its place, as strings.
+        top_tokens: for each token of the answer, the k most likely tokens at its position, as strings.
         top_probabilities: [a, k] float32.
     """
 
@@ -57,9 +64,9 @@ class PromptResult:
         return table
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=24 + 28 * len(self.answer))
-        console.print(self)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+        written = io.StringIO()
+        Console(file=written, width=24 + 28 * len(self.answer)).print(self)
+        return written.getvalue().rstrip()
 
 
 def test_prompt(
@@ -70,22 +77,23 @@ def test_prompt(
     prepend_space_to_answer: bool = True,  # noqa: PT028
     k: int = 10,  # noqa: PT028
 ) -> PromptResult:
-    """How likely the model finds an answer after a prompt, token by token, and what it finds most likely instead.
+    """The probability of an answer after a prompt, token by token, and the most likely tokens at each position.
 
-    Prompt and answer are tokenized each by itself: each must be whole tokens of the text that they make together.
+    Prompt and answer are tokenized separately, so no token of the joined text may span both.
 
     Args:
         model: the model, with a tokenizer.
         prompt: the text before; <bos> is prepended.
-        answer: what should follow it.
-        prepend_space_to_answer: begin the answer with a space unless it has one: to Gemma's tokenizer "Paris" and
-            " Paris" are two tokens. Of no effect on a tokenizer that drops spaces.
-        k: how many of the most likely tokens to list.
+        answer: the expected continuation.
+        prepend_space_to_answer: begin the answer with a space unless it has one. For Gemma's tokenizer, "Paris" and
+            " Paris" are different tokens. It has no effect with a tokenizer that drops spaces.
+        k: the number of most likely tokens to list.
 
-    Memory: what the forward pass takes up to the logits, and 8 * a * V bytes for those of the answer.
+    Memory: that of the forward pass up to the logits, and 8 * a * V bytes for the logits of the answer.
 
     Raises:
-        ValueError: the model has no tokenizer, the answer no tokens, or `k` is out of range.
+        ValueError: the model has no tokenizer, the answer has no tokens, `k` is out of range, or logits are NaN or
+            infinite.
 
     >>> from gemma3_jax import TINY, HookedGemma3
     >>> from gemma3_jax.analysis import test_prompt
@@ -99,9 +107,15 @@ def test_prompt(
     spaced = f" {answer}" if prepend_space_to_answer and not answer.startswith(" ") else answer
     before, after = model.to_tokens(prompt), model.to_tokens(spaced, prepend_bos=False)
     tokens = jnp.concatenate([before, after], axis=1)
-    read = _read_answer(model.config, model.params, tokens, length=after.shape[1], k=k)
+    request = request_of(model, model.inputs(tokens), stop_at_layer=model.config.num_hidden_layers)
+    read = run_compiled(_read_answer, model.params, request, length=after.shape[1], k=k)
     ids, _, log_probs, target_log_probs, ranks = jax.device_get(read)
-    spell: Any = model.to_str_tokens  # a list for ids [p], a list of lists for ids [b, p]
+    if (ranks < 0).any():
+        raise ValueError(
+            f"the logits of token {int(ranks.argmin())} of the answer (counted from 0) are NaN or infinite: look for "
+            "NaN or infinity in the parameters"
+        )
+    spell: Callable[..., Any] = model.to_str_tokens  # a list for ids [p], a list of lists for ids [b, p]
     return PromptResult(
         prompt=spell(before[0]),
         answer=spell(after[0]),
@@ -112,25 +126,26 @@ def test_prompt(
     )
 
 
-test_prompt.__test__ = False  # type: ignore[attr-defined] # pytest would take it for a test wherever it is imported
+test_prompt.__test__ = False  # type: ignore[attr-defined] # pytest would collect it in every module that imports it
 
 
 def loss_per_token(
-    model: HookedGemma3, input: Input, attention_mask: Any = None, *, chunk_size: int = 128
+    model: HookedGemma3, input: Input, attention_mask: IntegersLike | None = None, *, chunk_size: int = 128
 ) -> jax.Array:
-    """Cross-entropy of each token given those before it: [b, p - 1] float32, in nats, from the second token on.
+    """Cross-entropy of each token given the tokens before it: [b, p - 1] float32, in nats, from the second token on.
 
-    NaN where the token or the one before it is padding; the mean of the others (`jnp.nanmean`) is the model's "loss".
+    It is NaN if the token or the token before it is padding, or if the two are in different documents. The mean of the
+    other entries (`jnp.nanmean`) is the model's "loss". Where the logits are NaN, the loss is infinite.
 
     Args:
         model: the model.
         input: text, texts, or token ids.
         attention_mask: [b, p], 1 at real tokens; made for you when the input is text.
-        chunk_size: how many positions to unembed at a time.
+        chunk_size: the number of positions to unembed at a time.
 
     Memory: two copies of the last residual stream [b, p, d]; 8 * b * chunk_size * V bytes for the logits, 12 under
-    `grad`, which computes each chunk anew; on a CPU in bfloat16 a transposed copy of the unembedding, two under
-    `grad`; and what the forward pass takes up to there.
+    `grad`, which computes each chunk again; on a CPU in bfloat16 a transposed copy of the unembedding, two under
+    `grad`; and the memory of the forward pass up to the last residual stream.
 
     Raises:
         ValueError: the input has one token; `chunk_size` is out of range.
@@ -142,35 +157,40 @@ def loss_per_token(
     >>> losses.shape, bool(losses[0, 6:].max() < losses[0, :5].min())  # it copies what it has seen
     ((1, 10), True)
     """
-    tokens, mask = model.encode(input, attention_mask)
-    if tokens.shape[1] < 2:
-        raise ValueError("the input has one token; the loss of a token needs one before it")
+    inputs = model.inputs(input, attention_mask)
+    if inputs.tokens.shape[1] < 2:
+        raise ValueError("the input has one token; a loss needs a token before it, so give at least two")
     if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; it must be 1 at least")
-    return _losses(model.config, model.params, tokens, mask, chunk_size=chunk_size)
+        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
+    request = request_of(model, inputs, stop_at_layer=model.config.num_hidden_layers)
+    return run_compiled(_losses, model.params, request, chunk_size=chunk_size)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "length", "k"))
-def _read_answer(config, params, tokens, *, length, k):
+def _read_answer(params: Params, request: Request, *, length: int, k: int) -> LensArrays:
     # [1, p, d]: the last residual stream, before the head
-    residual, _ = forward(config, params, tokens, stop_at_layer=config.num_hidden_layers)
-    return read_rows(config, params, residual[0, -length - 1 : -1], tokens[0, -length:], k, chunk_size=length)
+    residual, _ = run(params, request)
+    targets = jnp.asarray(request.source)[0, -length:]
+    return read_rows(request.config, params, residual[0, -length - 1 : -1], targets, k, chunk_size=length)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "chunk_size"))
-def _losses(config, params, tokens, attention_mask, *, chunk_size):
-    residual, _ = forward(config, params, tokens, attention_mask=attention_mask, stop_at_layer=config.num_hidden_layers)
+def _losses(params: Params, request: Request, *, chunk_size: int) -> jax.Array:
+    residual, _ = run(params, request)
+    config, tokens, mask = request.config, request.source, request.attention_mask
 
-    @jax.checkpoint  # the gradient would keep the logits of every position
-    def at_positions(chunk):
+    @jax.checkpoint  # without it, the gradient would store the logits of every position
+    def at_positions(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
         rows, targets = chunk
         # [c, b, d] -> [c, b, V] -> [c, b]
-        return optax.softmax_cross_entropy_with_integer_labels(readout(config, params, rows), targets)
+        losses = optax.softmax_cross_entropy_with_integer_labels(readout(config, params, rows), targets)
+        return jnp.where(jnp.isnan(losses), jnp.inf, losses)
 
     # [b, p - 1, d], [b, p - 1] -> [p - 1, b]
     by_position = jnp.swapaxes(residual[:, :-1], 0, 1), tokens[:, 1:].T
     losses = in_chunks(at_positions, by_position, chunk_size).T
-    if attention_mask is None:
-        return losses
-    real = attention_mask.astype(bool)
-    return jnp.where(real[:, :-1] & real[:, 1:], losses, jnp.nan)
+    documents = packed_documents(request.segment_ids, request.positions, mask)
+    if mask is not None:
+        real = mask.astype(bool)
+        losses = jnp.where(real[:, :-1] & real[:, 1:], losses, jnp.nan)
+    if documents is not None:
+        losses = jnp.where(documents[:, :-1] == documents[:, 1:], losses, jnp.nan)
+    return losses

@@ -1,1 +1,8 @@
-"""Text, token by token: the KV cache, sampling, the compiled loop, and what people call."""
+"""Generation: the KV cache, the prefill, the decode loop, sampling."""
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    from gemma3_jax.generation.loop import Generation, generate
+
+__all__ = ["Generation", "generate"]

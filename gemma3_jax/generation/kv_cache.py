@@ -1,34 +1,37 @@
-"""The keys and values of what has been read: all of them in global layers, a ring of the last window in local ones.
+"""The KV cache: all keys and values in global layers, and a ring buffer of the last window in local layers.
 
-Rows are aligned at their ends: a row that is shorter than others begins with padding. A token's place, counted from
-the left with padding, is its column; column c lies in slot c % s of a layer with s slots. Global layers have a slot
-for every column, and keep them all; local ones have `sliding_window` slots, of which a new token takes the one whose
-column has just left the window.
+Rows are aligned at their ends, so a shorter row begins with padding. The column of a token is its index from the left,
+including padding. A layer with s slots stores column c in slot c % s. Global layers have a slot for every column. Local
+layers have `sliding_window` slots, and a new token overwrites the slot whose column has just left the window.
 
 Axes: b batch, c columns of the whole text, p new columns, s slots, n heads with keys and values, e head_dim.
 """
 
+import dataclasses
 from collections.abc import Container, Sequence
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
-from gemma3_jax.attention import Past
 from gemma3_jax.config import Gemma3Config, LayerType
+from gemma3_jax.meshes import constrained, part
+from gemma3_jax.model.past import Past, positions_after
 
 
 @flax.struct.dataclass
 class KVCache:
-    """What decoding needs to know of the text so far; a pytree, without hidden state.
+    """The keys and values of the text so far; a pytree without hidden state.
 
     Attributes:
         keys: for each layer [b, s, n, e], after RoPE.
         values: for each layer [b, s, n, e].
         start: [b] int32, the column of each row's first real token.
-        length: [] int32, how many columns have been read; each row has `length - start` real tokens.
-        capacity: how many columns there may be (static).
+        length: [] int32, number of columns in the cache; each row has `length - start` real tokens.
+        capacity: largest number of columns (static).
     """
 
     keys: tuple[jax.Array, ...]
@@ -39,29 +42,44 @@ class KVCache:
 
 
 def slots(config: Gemma3Config, layer_type: LayerType, capacity: int) -> int:
-    """How many slots a layer of that type has, for a text of at most `capacity` columns."""
+    """The number of slots in a layer of that type, for a text of at most `capacity` columns."""
     return min(config.sliding_window, capacity) if layer_type == "sliding_attention" else capacity
 
 
-def cache_bytes(config: Gemma3Config, batch: int, capacity: int, dtype: DTypeLike = jnp.float32) -> dict[str, int]:
-    """The memory that a cache takes, by layer type, before anything is allocated.
+def cache_bytes(
+    config: Gemma3Config,
+    batch: int,
+    capacity: int,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    mesh: Mesh | AbstractMesh | None = None,
+) -> dict[str, int]:
+    """The memory of a cache by layer type, without allocating it.
 
     Args:
         config: shape of the model.
-        batch: rows.
-        capacity: columns of prompt and new tokens together.
-        dtype: of the parameters, which keys and values have too.
+        batch: number of rows, at least 1.
+        capacity: columns of prompt and new tokens together, at least 1.
+        dtype: dtype of the parameters, which is also that of keys and values.
+        mesh: the mesh of the model; the bytes are then those of each device.
 
     Returns:
-        Bytes of "full_attention" and "sliding_attention" layers, their "total", and "per_token": what one more column
-        costs while it is beyond the window, which only global layers pay for. A layer whose `hook_attn_in` is edited
-        takes h / g times as much: every query head has keys and values of its own there. One whose scores or pattern
-        are edited takes as much as a global one.
+        Bytes of "full_attention" and "sliding_attention" layers, their "total", and "per_token": the bytes of one more
+        column beyond the window, which only global layers store. A layer whose `hook_attn_in` is edited takes h / g
+        times the bytes, because each query head has its own keys and values. A layer whose scores or pattern are edited
+        takes the bytes of a global layer.
+
+    Raises:
+        ValueError: `batch` or `capacity` is not a positive integer.
 
     >>> cache_bytes(Gemma3Config.preset("1b"), batch=1, capacity=32_768, dtype="bfloat16")
     {'full_attention': 134217728, 'sliding_attention': 11534336, 'total': 145752064, 'per_token': 4096}
     """
-    slot = 2 * batch * config.num_key_value_heads * config.head_dim * jnp.dtype(dtype).itemsize
+    for name, value in (("batch", batch), ("capacity", capacity)):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} is {value!r}; it must be a positive integer")
+    b, g = part("b", int(batch), mesh), part("g", config.num_key_value_heads, mesh)
+    slot = 2 * b * g * config.head_dim * jnp.dtype(dtype).itemsize
     kinds: tuple[LayerType, ...] = ("full_attention", "sliding_attention")
     sizes: dict[str, int] = {
         kind: slot * config.layer_types.count(kind) * slots(config, kind, capacity) for kind in kinds
@@ -77,15 +95,15 @@ def empty_cache(
     dtype: DTypeLike = jnp.float32,
     whole: Container[int | None] = (),
 ) -> KVCache:
-    """A cache without a token in it.
+    """An empty cache.
 
     Args:
         config: shape of the model.
-        start: [b], the padding that each row will begin with.
-        capacity: columns that it will hold.
-        keys: of every layer [b, p, n, e], whose heads and dtype the cache takes. Default: those of the model.
-        dtype: of keys and values, without `keys`.
-        whole: layers that keep every column, as global ones do: an edit of the pattern may look behind the window.
+        start: [b], the padding at the beginning of each row.
+        capacity: largest number of columns.
+        keys: keys of every layer [b, p, n, e], which set the heads and dtype of the cache. Default: the model's heads.
+        dtype: dtype of keys and values if `keys` is None.
+        whole: layers that store every column, like global layers: an edit of the pattern may attend beyond the window.
     """
 
     def zeros(layer: int) -> jax.Array:
@@ -99,18 +117,28 @@ def empty_cache(
 
 
 def append(cache: KVCache, keys: Sequence[jax.Array], values: Sequence[jax.Array]) -> KVCache:
-    """The cache with the keys and values of p more columns, for each layer [b, p, n, e]."""
+    """The cache after adding the keys and values of p more columns, for each layer [b, p, n, e].
+
+    Raises:
+        ValueError: the columns exceed the capacity. If the length is traced, they silently replace the oldest columns.
+    """
+    p = keys[0].shape[1]
+    if not isinstance(cache.length, jax.core.Tracer) and int(cache.length) + p > cache.capacity:
+        raise ValueError(f"{p} columns after {int(cache.length)} exceed the capacity of {cache.capacity}")
 
     def write(kept: jax.Array, new: jax.Array) -> jax.Array:
         s, p = kept.shape[1], new.shape[1]
-        # Of more columns than slots, only the last have a place.
+        # If there are more columns than slots, only the last columns are stored.
         first = max(p - s, 0)
         at = (cache.length + first) % s
         if p == 1:
-            return jax.lax.dynamic_update_slice_in_dim(kept, new, at, axis=1)
-        return kept.at[:, (at + jnp.arange(p - first)) % s].set(new[:, first:])
+            written = jax.lax.dynamic_update_slice_in_dim(kept, new, at, axis=1)
+        else:
+            written = kept.at[:, (at + jnp.arange(p - first)) % s].set(new[:, first:])
+        return constrained(written, "b s g e")
 
-    return cache.replace(  # type: ignore[attr-defined]
+    return dataclasses.replace(
+        cache,
         keys=tuple(map(write, cache.keys, keys)),
         values=tuple(map(write, cache.values, values)),
         length=cache.length + keys[0].shape[1],
@@ -132,15 +160,15 @@ def past(config: Gemma3Config, cache: KVCache, p: int) -> tuple[Past, ...]:
     return tuple(map(of_layer, config.layer_types, cache.keys, cache.values))
 
 
-def _visible(config: Gemma3Config, kind: LayerType, queries: jax.Array, held: jax.Array, start: jax.Array) -> jax.Array:
-    """[b, p, s] bool: whether a query column sees a held column."""
+def _visible(config: Gemma3Config, kind: LayerType, queries: jax.Array, keys: jax.Array, start: jax.Array) -> jax.Array:
+    """[b, p, s] bool: whether a query column attends to a key column."""
     # [b, s] real keys of each row, [p, s] within the window
-    real = (held >= start[:, None]) & (held >= 0)
-    near = queries[:, None] - held[None, :] < config.sliding_window
+    real = (keys >= start[:, None]) & (keys >= 0)
+    near = queries[:, None] - keys[None, :] < config.sliding_window
     near = near if kind == "sliding_attention" else jnp.ones_like(near)
     return real[:, None, :] & near[None]
 
 
 def positions(cache: KVCache, p: int) -> jax.Array:
-    """[b, p] int32: the positions of p more columns, counted over each row's real tokens."""
-    return jnp.maximum(cache.length + jnp.arange(p) - cache.start[:, None], 0)
+    """[b, p] int32: the positions of the next p columns; they count each row's real tokens."""
+    return positions_after(cache.length, cache.start, p)

@@ -1,21 +1,64 @@
-"""The next token from its logits: greedy, or drawn after temperature, top-k, top-p, min-p and a repetition penalty.
+"""Sample the next token from its logits: greedily, or with temperature, top-k, top-p, min-p and a repetition penalty.
 
-Source: the filters of `transformers`' `generate`, in its order: penalty, temperature, top-k, top-p, min-p.
+Source: the filters of `transformers`' `generate`, in the same order: penalty, temperature, top-k, top-p, min-p.
 
 Axes: b batch, V vocabulary.
 """
 
-from typing import Any
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypedDict, Unpack
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma3_jax.types import ArrayLike, IntegersLike
+
+
+class Options(TypedDict, total=False):
+    """The arguments of `generate` for sampling and stopping. Each of the first five is one number, or one per row.
+
+    Attributes:
+        temperature: 0, the default, takes the likeliest token.
+        top_k: sample from the k likeliest tokens. This and the next two need a temperature above 0 in some row.
+        top_p: sample from the likeliest tokens whose total probability reaches this value.
+        min_p: sample from tokens whose probability is at least `min_p` times that of the likeliest token.
+        repetition_penalty: divide positive logits of tokens in the text by this, and multiply negative ones.
+        seed: a 32-bit integer, 0 by default, or one per row, which makes a row's samples independent of the other rows.
+        stop_at_eos: end a row at a stop token; True by default.
+        eos_token_id: the stop tokens; by default the config's.
+    """
+
+    temperature: ArrayLike
+    top_k: ArrayLike | None
+    top_p: ArrayLike | None
+    min_p: ArrayLike | None
+    repetition_penalty: ArrayLike | None
+    seed: IntegersLike
+    stop_at_eos: bool
+    eos_token_id: int | Sequence[int] | None
+
+
+def check_names(options: Mapping[str, object], other_names: Mapping[str, str] | None = None) -> None:
+    """Raise TypeError for unknown options, with a suggestion.
+
+    Args:
+        options: by name.
+        other_names: what else people call an argument, and its name here.
+    """
+    for name in options:
+        if name not in Options.__annotations__:
+            near = difflib.get_close_matches(name, Options.__annotations__)
+            near = [other_names[name]] if other_names and name in other_names else near
+            meant = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(Options.__annotations__)}"
+            raise TypeError(f"generation does not take the argument {name}; {meant}")
+
 
 @flax.struct.dataclass
 class Sampling:
-    """How tokens are drawn, for each row. A filter that is None is left out of the compiled program.
+    """The parameters of sampling for each row. A filter that is None is left out of the compiled program.
 
     Attributes:
         temperature: [b]; 0 takes the likeliest token.
@@ -23,7 +66,7 @@ class Sampling:
         top_p: [b], or None.
         min_p: [b], or None.
         repetition_penalty: [b], or None.
-        greedy: whether all temperatures are 0 (static), which spares the drawing.
+        greedy: whether all temperatures are 0 (static), which skips sampling entirely.
     """
 
     temperature: jax.Array
@@ -34,57 +77,66 @@ class Sampling:
     greedy: bool = flax.struct.field(pytree_node=False)
 
 
-def sampling(
-    batch: int,
-    temperature: Any = 0.0,
-    top_k: Any = None,
-    top_p: Any = None,
-    min_p: Any = None,
-    repetition_penalty: Any = None,
-) -> Sampling:
-    """Check the parameters, each one number or one for each row.
+def sampling(batch: int, **options: Unpack[Options]) -> Sampling:
+    """Check the options of sampling, each of which is one number or one per row.
 
     Raises:
-        ValueError: naming the parameter that is out of range, or has another number of rows.
+        ValueError: an option is out of range or has a wrong number of rows; or a filter is set while all temperatures
+            are 0, which does not sample.
     """
-    ranges = {
+    temperature = options.get("temperature", 0.0)
+    ranges: dict[str, tuple[ArrayLike | None, str, Callable[[np.ndarray], np.ndarray]]] = {
         "temperature": (temperature, "at least 0", lambda x: x >= 0),
-        "top_k": (top_k, "at least 1", lambda x: (x >= 1) & (x == np.floor(x))),
-        "top_p": (top_p, "above 0 and at most 1", lambda x: (x > 0) & (x <= 1)),
-        "min_p": (min_p, "from 0 to 1", lambda x: (x >= 0) & (x <= 1)),
-        "repetition_penalty": (repetition_penalty, "above 0", lambda x: x > 0),
+        "top_k": (options.get("top_k"), "at least 1", lambda x: (x >= 1) & (x == np.floor(x))),
+        "top_p": (options.get("top_p"), "above 0 and at most 1", lambda x: (x > 0) & (x <= 1)),
+        "min_p": (options.get("min_p"), "from 0 to 1", lambda x: (x >= 0) & (x <= 1)),
+        "repetition_penalty": (options.get("repetition_penalty"), "above 0", lambda x: x > 0),
     }
-    rows: dict[str, Any] = {}
-    for name, (value, says, good) in ranges.items():
+    rows: dict[str, jax.Array] = {}
+    for name, (value, words, good) in ranges.items():
         if value is None and name != "temperature":
-            rows[name] = None
             continue
-        given = _numbers(value)
-        if not (np.isfinite(given) & good(given)).all():
-            raise ValueError(f"{name} is {value!r}; it must be {'a whole number ' if name == 'top_k' else ''}{says}")
-        if given.ndim > 1 or given.size not in (1, batch):
-            raise ValueError(f"{name} has shape {given.shape}; give one number, or one for each of {batch} rows")
-        # No vocabulary has so many tokens, and more would not fit 32 bits.
-        given = np.minimum(given, 2**30) if name == "top_k" else given
-        rows[name] = jnp.asarray(np.broadcast_to(given, batch), jnp.int32 if name == "top_k" else jnp.float32)
-    return Sampling(**rows, greedy=not np.asarray(temperature).any())
+        array = _numbers(value)
+        if not (np.isfinite(array) & good(array)).all():
+            raise ValueError(f"{name} is {value!r}; it must be {'a whole number ' if name == 'top_k' else ''}{words}")
+        if array.ndim > 1 or array.size not in (1, batch):
+            raise ValueError(f"{name} has shape {array.shape}; give one number, or one for each of {batch} rows")
+        # No vocabulary is larger than this, and larger values may not fit in 32 bits.
+        array = np.minimum(array, 2**30) if name == "top_k" else array
+        rows[name] = jnp.asarray(np.broadcast_to(array, batch), jnp.int32 if name == "top_k" else jnp.float32)
+    greedy = not _numbers(temperature).any()
+    for name in ("top_k", "top_p", "min_p"):
+        setting = options.get(name)
+        if greedy and setting is not None:
+            raise ValueError(
+                f"{name} is {setting!r}, but the temperature is 0, which always takes the likeliest token: give a "
+                f"temperature above 0, or leave {name} out"
+            )
+    return Sampling(
+        rows["temperature"],
+        rows.get("top_k"),
+        rows.get("top_p"),
+        rows.get("min_p"),
+        rows.get("repetition_penalty"),
+        greedy,
+    )
 
 
-def _numbers(value: Any) -> np.ndarray:
-    """In float32; NaN, which is in no range, of what is no number: None, text, booleans, a ragged list."""
+def _numbers(value: object) -> np.ndarray:
+    """The value in float32, or NaN, which is out of every range, if it is not numeric, such as text or booleans."""
     try:
-        given = np.asarray(value)
+        array = np.asarray(value)
     except ValueError:
         return np.asarray(np.nan)
-    real = jnp.issubdtype(given.dtype, jnp.integer) or jnp.issubdtype(given.dtype, jnp.floating)
-    return given.astype(np.float32) if real else np.asarray(np.nan)
+    real = jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.floating)
+    return array.astype(np.float32) if real else np.asarray(np.nan)
 
 
-def row_keys(seed: Any, batch: int) -> jax.Array:
-    """[b] random keys: of one seed, each row with a key of its own; or of a seed for each row."""
+def row_keys(seed: IntegersLike, batch: int) -> jax.Array:
+    """[b] random keys: a different key for each row from one seed, or a key from the seed of each row."""
     seeds = np.asarray(seed)
     if not np.issubdtype(seeds.dtype, np.integer) or seeds.shape not in ((), (batch,)):
-        raise ValueError(f"seed is {seed!r}; it takes an integer, or one for each of {batch} rows")
+        raise ValueError(f"seed is {seed!r}; it must be an integer, or one for each of {batch} rows")
     if seeds.min() < -(2**31) or seeds.max() >= 2**32:
         raise ValueError(f"seed is {seed!r}; it must fit 32 bits: from {-(2**31)} to {2**32 - 1}")
     if seeds.ndim:
@@ -98,17 +150,21 @@ def draw(logits: jax.Array, seen: jax.Array | None, keys: jax.Array, how: Sampli
     Args:
         logits: [b, V] float32.
         seen: [b, V] bool, the tokens of the text so far; needed for the repetition penalty.
-        keys: [b] random keys, for this draw alone.
+        keys: [b] random keys for this token.
         how: the parameters.
     """
     if how.repetition_penalty is not None and seen is not None:
         penalty = how.repetition_penalty[:, None]
-        logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-    # One reduction: XLA may round a value that it computes twice in two ways, and then nothing equals the largest.
+        penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
+        # An extreme penalty overflows, and two infinite logits would differ by NaN.
+        largest = jnp.finfo(jnp.float32).max
+        logits = jnp.where(seen, jnp.clip(penalized, -largest, largest), logits)
+    # Use one reduction. XLA may round a value differently if it computes it twice, and then no logit equals the
+    # maximum.
     likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if how.greedy:
         return likeliest
-    # The largest becomes 0 first, which a temperature next to 0 does not make infinite.
+    # Shift the maximum to 0 first, so that dividing by a tiny temperature does not make it infinite.
     below = logits - jnp.max(logits, axis=-1, keepdims=True)
     scaled = below / jnp.where(how.temperature > 0, how.temperature, 1)[:, None]
     drawn = jax.vmap(jax.random.categorical)(keys, keep_likely(scaled, how))
@@ -120,16 +176,17 @@ def keep_likely(logits: jax.Array, how: Sampling) -> jax.Array:
     if how.top_k is not None or how.top_p is not None:
         # [b, V], the largest first
         ranked = -jnp.sort(-logits, axis=-1)
-        kept = jnp.ones_like(ranked, bool)
+        likely = jnp.ones_like(ranked, bool)
         if how.top_k is not None:
-            kept = jnp.arange(ranked.shape[-1]) < how.top_k[:, None]
+            likely = jnp.arange(ranked.shape[-1]) < how.top_k[:, None]
         if how.top_p is not None:
-            probabilities = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
-            # What the likelier tokens have together; a sum that is rounded to 1 leaves no token out of all.
+            probabilities = jax.nn.softmax(jnp.where(likely, ranked, -jnp.inf), axis=-1)
+            # The total probability of the likelier tokens. With top_p = 1 no token is left out, even if the sum rounds
+            # to 1.
             before = jnp.cumsum(probabilities, axis=-1) - probabilities
-            kept &= (before < how.top_p[:, None]) | (how.top_p[:, None] == 1)
-        # The likeliest stays, also where top_p is so small that it is flushed to 0.
-        rank = jnp.maximum(jnp.sum(kept, axis=-1, keepdims=True) - 1, 0)
+            likely &= (before < how.top_p[:, None]) | (how.top_p[:, None] == 1)
+        # The likeliest token stays, even if top_p is so small that it is flushed to 0.
+        rank = jnp.maximum(jnp.sum(likely, axis=-1, keepdims=True) - 1, 0)
         last = jnp.take_along_axis(ranked, rank, axis=-1)
         logits = jnp.where(logits >= last, logits, -jnp.inf)
     if how.min_p is not None:

@@ -1,6 +1,6 @@
-"""Pictures of what an analysis found: they show themselves in a notebook and save as HTML or PNG, without network.
+"""Pictures of the results of an analysis. They render inline in a notebook, and save as HTML or PNG that work offline.
 
-Each takes plain arrays (NumPy or JAX, any float dtype) and the model's config, for the names of its layers:
+Each function takes plain arrays (NumPy or JAX, any float dtype), and most take the model's config to name its layers:
 
 >>> from gemma3_jax import Gemma3Config, pictures
 >>> picture = pictures.patching_heatmap([[0.0] * 4] * 26, Gemma3Config.preset("1b"), axes="layer head")
@@ -10,7 +10,7 @@ Heatmaps('Activation patching')
 Traceback (most recent call last):
 ValueError: patching.jpg: a picture is saved as .html or .png
 
-Heatmaps are drawn by plotly in HTML, where they zoom and tell each cell's value, and by matplotlib in PNG.
+Plotly draws heatmaps in HTML, with zoom and the value of each cell on hover. Matplotlib draws them in PNG.
 """
 
 from gemma3_jax.pictures.analyses import attention_patterns, logit_lens_table, patching_heatmap, token_values

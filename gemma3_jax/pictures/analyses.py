@@ -1,4 +1,4 @@
-"""The pictures of each analysis, from its arrays to what is drawn."""
+"""The picture of each analysis, from its arrays."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from gemma3_jax.config import Gemma3Config
-from gemma3_jax.pictures.heatmaps import Axis, Heatmaps, Panel
+from gemma3_jax.pictures.data import Axis, Panel
+from gemma3_jax.pictures.heatmaps import Heatmaps
 from gemma3_jax.pictures.labels import check_index, check_tokens, layer_labels, shortened, token_labels, visible
 from gemma3_jax.pictures.scale import fitting_scale, probability_scale, signed_scale
 from gemma3_jax.pictures.token_flow import TokenFlow
@@ -23,16 +24,16 @@ def attention_patterns(
     *,
     title: str = "Attention patterns",
 ) -> Heatmaps:
-    """A panel for each head: how much each query, a row, attends to each key, a column; white is 0, dark blue 1.
+    """A panel for each head, with queries as rows and keys as columns. White is attention 0, dark blue is 1.
 
     Args:
-        patterns: [n, p, k], n heads of one prompt, as `blocks.*.attn.hook_pattern` holds them; p and k are equal.
-        tokens: [p], as `HookedGemma3.to_str_tokens` gives them.
+        patterns: [n, p, k], n heads of one prompt, as in `blocks.*.attn.hook_pattern`; p and k are equal.
+        tokens: [p], as `HookedGemma3.to_str_tokens` returns them.
         heads: [n], the layer and head of each pattern.
-        config: the model's; says which layers are local.
+        config: the model's config; it tells local layers from global ones.
 
     Raises:
-        ValueError: shapes that do not fit each other, a layer or head that the model lacks, values outside 0 to 1.
+        ValueError: the shapes do not match, the model has no such layer or head, or a value is outside 0 to 1.
 
     >>> from gemma3_jax import TINY, HookedGemma3, pictures
     >>> model = HookedGemma3.from_pretrained(TINY)
@@ -66,23 +67,23 @@ def patching_heatmap(
     title: str = "Activation patching",
     quantity: str = "effect",
 ) -> Heatmaps:
-    """What a patch, an ablation or an attribution did, by layer and position, by head...: red < 0, white 0, blue > 0.
+    """The effect of a patch, an ablation or an attribution by layer, position, head...: red < 0, white 0, blue > 0.
 
-    The last two axes are the rows and columns of a panel; where there are more, each index of the others has a panel.
-    Cells that are not finite, such as those that an unfinished sweep has not come to, are grey.
+    The last two axes are the rows and columns of a panel. If there are more axes, each index of them has a panel. Cells
+    that are not finite, such as unfinished runs of a sweep, are grey.
 
     Args:
         values: [...], one axis for each name in `axes`.
-        config: the model's; says which layers are local.
-        tokens: [p], the labels of positions, queries and keys; None numbers them.
-        axes: their names, in a tuple or separated by spaces: layer, head, position (or pos, query, key, src_pos), or
-            any other that `labels` has.
-        labels: what stands along an axis where that is not all layers, heads or tokens. Numbers pick of these, and
-            strings stand for themselves: `{"layer": [4, 5], "site": ["resid_pre", "attn_out", "mlp_out"]}`.
-        quantity: what the values are, for the colour bar.
+        config: the model's config; it tells local layers from global ones.
+        tokens: [p], the labels of positions, queries and keys; with None, these are numbered.
+        axes: names of the axes, in a tuple or separated by spaces: layer, head, position (or pos, query, key, src_pos),
+            or a name that `labels` has.
+        labels: labels for axes that do not have all layers, heads or tokens. A number is an index of a layer, head or
+            token, and a string is a label: `{"layer": [4, 5], "site": ["resid_pre", "attn_out", "mlp_out"]}`.
+        quantity: name of the values, for the colour bar.
 
     Raises:
-        ValueError: shapes, axes and labels that do not fit each other.
+        ValueError: the shapes, axes and labels do not match.
 
     >>> import numpy as np
     >>> from gemma3_jax import Gemma3Config, pictures
@@ -97,11 +98,11 @@ def patching_heatmap(
     names = axes.split() if isinstance(axes, str) else list(axes)
     if len(names) != array.ndim or len(names) < 2:
         raise ValueError(
-            f"values have shape {array.shape}, and axes {axes!r} are {len(names)}; name each axis, and at least two"
+            f"values have shape {array.shape}, but axes {axes!r} names {len(names)}; name each axis, and at least two"
         )
     stray = sorted(set(labels) - set(names))
     if stray:
-        raise ValueError(f"labels are for {', '.join(stray)}, which axes {axes!r} lacks")
+        raise ValueError(f"labels has {', '.join(stray)}, which axes {axes!r} does not have; add it or drop its labels")
     named = [
         Axis(name, _axis_labels(name, size, config, tokens, labels.get(name)))
         for name, size in zip(names, array.shape, strict=True)
@@ -125,20 +126,21 @@ def logit_lens_table(
     layers: Sequence[int | str] | None = None,
     title: str = "Logit lens",
 ) -> Heatmaps:
-    """What the model would predict after each layer, a row, at each position, a column (nostalgebraist, 2020).
+    """The model's prediction after each layer (row) at each position (column) (nostalgebraist, 2020).
 
-    Each cell holds the likeliest token on the colour of its probability, white for 0 and dark blue for 1. The HTML
-    tells all k tokens of a cell under the mouse.
+    Each cell has the likeliest token on the colour of its probability: white is 0, dark blue is 1. In HTML, hovering
+    over a cell shows all its k tokens.
 
     Args:
         top_tokens: [r, p] or [r, p, k], the likeliest first.
-        probabilities: those of the tokens, of the same shape.
-        tokens: [p], the prompt's.
-        config: the model's; says which layers are local.
-        layers: [r], the rows: numbers of layers, or a string for what is none, such as "embed". None: all layers.
+        probabilities: the probabilities of `top_tokens`, of the same shape.
+        tokens: [p], the tokens of the prompt.
+        config: the model's config; it tells local layers from global ones.
+        layers: [r], the rows: layer indices, and strings for rows that are not layers, such as "embed". None: all
+            layers.
 
     Raises:
-        ValueError: shapes that do not fit each other, a layer that the model lacks, values outside 0 to 1.
+        ValueError: the shapes do not match, the model has no such layer, or a value is outside 0 to 1.
 
     >>> from gemma3_jax import Gemma3Config, pictures
     >>> config = Gemma3Config.preset("270m")
@@ -164,17 +166,17 @@ def logit_lens_table(
 def token_values(
     tokens: Sequence[str], values: ArrayLike, *, title: str = "Values of tokens", quantity: str = "value"
 ) -> TokenFlow:
-    """A text whose tokens are coloured by a value each: a loss, a feature's activation, an attribution.
+    """A text with each token coloured by its value: a loss, a feature's activation, an attribution.
 
-    White is 0 and blue is above; where some value is negative, red is below. Values that are not finite are grey.
+    White is 0, blue is above 0 and red is below 0. Values that are not finite are grey.
 
     Args:
         tokens: [p].
         values: [p].
-        quantity: what the values are, for the colour bar.
+        quantity: name of the values, for the colour bar.
 
     Raises:
-        ValueError: there are not as many values as tokens.
+        ValueError: the number of values is not the number of tokens.
 
     >>> from gemma3_jax import pictures
     >>> pictures.token_values(["ba", "ke"], [0.5, -1.0], title="Loss by token")
@@ -192,7 +194,7 @@ def _axis_labels(
     tokens: Sequence[str] | None,
     chosen: Sequence[int | str] | None,
 ) -> list[str]:
-    """Labels of an axis: all that there are, or the chosen, where numbers pick and strings stand for themselves."""
+    """The labels of an axis: all of them, or the chosen ones. A number is an index of a label; a string is a label."""
     every = _every_label(name, config, tokens)
     if chosen is not None:
         labels = [item if isinstance(item, str) else _pick(name, every, item) for item in chosen]
@@ -202,18 +204,18 @@ def _axis_labels(
         labels = [str(position) for position in range(size)]
     else:
         raise ValueError(
-            f"axis {name!r} is none of layer, head, {', '.join(_POSITIONS)}; labels={{{name!r}: [...]}} would name it"
+            f"axis {name!r} is not one of layer, head, {', '.join(_POSITIONS)}; pass labels={{{name!r}: [...]}}"
         )
     if len(labels) != size:
         raise ValueError(
             f"values have {size} entries along axis {name!r}, which has {len(labels)} labels; "
-            f"labels={{{name!r}: [...]}} sets them"
+            f"pass labels={{{name!r}: [...]}} to set them"
         )
     return labels
 
 
 def _every_label(name: str, config: Gemma3Config, tokens: Sequence[str] | None) -> list[str] | None:
-    """The labels that the model and the prompt give an axis; None where they give none."""
+    """The labels that the model or the prompt gives an axis, or None."""
     if name == "layer":
         return layer_labels(config)
     if name == "head":
@@ -233,7 +235,7 @@ def _ranking(words: np.ndarray, values: np.ndarray) -> str:
 
 
 def _numbers(values: ArrayLike) -> np.ndarray:
-    """In float32, NaN where not finite."""
+    """The values in float32, with NaN for values that are not finite."""
     array = np.asarray(values, np.float32)
     return np.where(np.isfinite(array), array, np.float32(np.nan))
 
@@ -247,4 +249,4 @@ def _check_probabilities(name: str, values: ArrayLike, remedy: str = "") -> None
     array = np.asarray(values, np.float32)
     if np.any((array < 0) | (array > 1 + 1e-3)):
         low, high = np.nanmin(array), np.nanmax(array)
-        raise ValueError(f"{name} range from {low:.3g} to {high:.3g}, and probabilities lie in 0 to 1{remedy}")
+        raise ValueError(f"{name} range from {low:.3g} to {high:.3g}; probabilities must be between 0 and 1{remedy}")

@@ -1,4 +1,4 @@
-"""How layers, heads and tokens are written, in every picture alike."""
+"""Labels of layers, heads and tokens, the same in every picture."""
 
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ _SHOWN = {" ": "␣", "\n": "↵", "\t": "⇥"}
 
 
 def layer_labels(config: Gemma3Config, layers: Iterable[int | str] | None = None) -> list[str]:
-    """Each layer with its reach; what is no number stays as it is, None is every layer of the model.
+    """A label for each layer, local or global. Strings are labels already; None means every layer of the model.
 
     Raises:
         ValueError: the model has no such layer.
@@ -28,13 +28,13 @@ def _layer_label(config: Gemma3Config, layer: int) -> str:
 
 
 def check_index(kind: str, index: int, size: int) -> None:
-    """Raise a ValueError unless `index` counts one of `size` layers, heads or positions, from 0."""
+    """Raise a ValueError unless `index` is from 0 to `size` - 1."""
     if not 0 <= index < size:
         raise ValueError(f"there is no {kind} {index}; they are 0 to {size - 1}")
 
 
 def token_labels(tokens: Sequence[str]) -> list[str]:
-    r"""Each token after its position, so that equal tokens have different labels.
+    r"""Each token with its position in front, so equal tokens have different labels.
 
     >>> token_labels(["<bos>", "ba", "ba", " \n"])
     ['0 <bos>', '1 ba', '2 ba', '3 ␣↵']
@@ -43,16 +43,16 @@ def token_labels(tokens: Sequence[str]) -> list[str]:
 
 
 def check_tokens(tokens: Sequence[str]) -> list[str]:
-    """The tokens; a ValueError where they are not the strings of one prompt's tokens."""
+    """The tokens as a list; a ValueError if they are not the strings of one prompt's tokens."""
     if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
-        raise ValueError("tokens must be a list of strings, one a token, as to_str_tokens gives them for one prompt")
+        raise ValueError("tokens must be a list of strings, one per token, as to_str_tokens returns for one prompt")
     if not len(tokens):
         raise ValueError("there are no tokens")
     return list(tokens)
 
 
 def visible(text: str) -> str:
-    r"""`text` with nothing in it that cannot be seen: signs for white space, escapes for what does not print.
+    r"""`text` with visible signs for white space, and escapes for characters that do not print.
 
     >>> visible(" a\tb\n"), visible("\u200b\x00"), visible("")
     ('␣a⇥b↵', '\\u200b\\x00', "''")
@@ -66,10 +66,10 @@ def escaped(character: str) -> str:
 
 
 def shortened(text: str) -> str:
-    """`text`, or as much of its beginning as a label has room for."""
+    """`text`, cut to the length of a label."""
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
 def width(text: str) -> int:
-    """How many columns of a monospaced font `text` takes: ideographs and most emoji take two."""
+    """The number of columns of `text` in a monospaced font: ideographs and most emoji take two."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

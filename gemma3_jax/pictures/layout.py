@@ -1,4 +1,4 @@
-"""Where the parts of a picture of heatmaps are, in pixels from its top left corner: the same in HTML and PNG."""
+"""The layout of heatmaps, in pixels from the top left corner of the picture; HTML and PNG share it."""
 
 import dataclasses
 import math
@@ -7,18 +7,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gemma3_jax.pictures.heatmaps import Heatmaps
+from gemma3_jax.pictures.data import Panels
 from gemma3_jax.pictures.labels import width
 from gemma3_jax.pictures.scale import GREY_NOTE
 
 TICK_SIZE, NAME_SIZE, TITLE_SIZE = 10, 12, 15  # of fonts
-PITCH = 12  # from one tick label to the next, at least
-_CHARACTER = 0.61  # width over size, of a monospaced font; more than the average of a proportional one
-LINE = 1.5  # height over size
+PITCH = 12  # smallest distance between two tick labels
+_CHARACTER = 0.61  # width / size in a monospaced font; more than the average in a proportional font
+LINE = 1.5  # height / size
 PAD = 12
 _BAR_WIDTH, _BAR_LENGTH, _BAR_ROOM = 14, 200, 100
 _ROW_OF_PANELS = 1600
 _LARGEST_SIDE = 20_000
+LINE_WIDTH = 900  # width of a line of tokens
 
 
 class Box(NamedTuple):
@@ -31,7 +32,7 @@ class Box(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A text around its middle (`x`, `y`), turned to be read upward where `upward` says so."""
+    """A text centred at (`x`, `y`); with `upward`, it is rotated to be read upward."""
 
     text: str
     x: float
@@ -42,7 +43,7 @@ class Text(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Size of the picture, its panels in their order, its colour bar, and every text but the tick labels."""
+    """The size of the picture, its panels in order, its colour bar, and all texts except tick labels."""
 
     width: float
     height: float
@@ -53,15 +54,15 @@ class Layout:
 
 
 def text_width(text: str, size: int) -> float:
-    """In pixels, estimated from above."""
+    """An upper estimate of the width of a text, in pixels."""
     return width(text) * size * _CHARACTER
 
 
-def arrange(heatmaps: Heatmaps) -> Layout:
-    """Lay out `Heatmaps`: as many panels beside each other as fit a screen, and the colour bar to the right of them.
+def arrange(heatmaps: Panels) -> Layout:
+    """Lay out `Panels`: as many panels side by side as fit a screen, with the colour bar on their right.
 
     Raises:
-        ValueError: the picture would be too large to be drawn.
+        ValueError: the picture would be too large to draw.
     """
     rows, columns, panels = heatmaps.rows, heatmaps.columns, heatmaps.panels
     cell_width, cell_height = _cell(heatmaps)
@@ -69,7 +70,7 @@ def arrange(heatmaps: Heatmaps) -> Layout:
     label = _longest(columns.labels, TICK_SIZE)
     turned = label + 10 > cell_width
     name = NAME_SIZE * LINE
-    # What stands around each panel: its title above, labels and names of rows to the left and of columns below.
+    # Space around each panel: for its title above, for the labels and name of rows on the left, and of columns below.
     left = _longest(rows.labels, TICK_SIZE) + name + PAD
     above = name + 4 if any(panel.title for panel in panels) else PAD
     below = (label if turned else TICK_SIZE * LINE) + name + 2 * PAD
@@ -101,7 +102,7 @@ def arrange(heatmaps: Heatmaps) -> Layout:
 
 
 def heading(title: str, width: float) -> tuple[list[Text], float]:
-    """The lines of a title over a picture of that width, and how far down they reach."""
+    """The lines of a title above a picture of that width, and the y coordinate where they end."""
     high = TITLE_SIZE * LINE
     lines = textwrap.wrap(title, int((width - 2 * PAD) / text_width("x", TITLE_SIZE)))
     texts = [Text(line, width / 2, PAD + (i + 0.5) * high, TITLE_SIZE) for i, line in enumerate(lines)]
@@ -112,8 +113,8 @@ def _longest(texts: list[str], size: int) -> float:
     return max(text_width(text, size) for text in texts)
 
 
-def _cell(heatmaps: Heatmaps) -> tuple[float, float]:
-    """Width and height of a cell: room for its text, or a square that keeps many panels small."""
+def _cell(heatmaps: Panels) -> tuple[float, float]:
+    """Width and height of a cell: enough for its text, or a square that keeps many panels small."""
     texts = [text for panel in heatmaps.panels for row in panel.texts or [] for text in row]
     if texts:
         return max(24, _longest(texts, TICK_SIZE) + 8), 20
@@ -124,15 +125,15 @@ def _cell(heatmaps: Heatmaps) -> tuple[float, float]:
 
 
 def _across(panels: int, slot_width: float) -> int:
-    """How many panels stand beside each other: rows as even as the screen's width lets them be."""
+    """The number of panels side by side, such that rows are as even as the screen's width allows."""
     most = max(1, int(_ROW_OF_PANELS / slot_width))
     return math.ceil(panels / math.ceil(panels / most))
 
 
 def check_size(width: float, height: float) -> None:
-    """Raise a ValueError if a picture would be too large to be drawn."""
+    """Raise a ValueError if a picture would be too large to draw."""
     if max(width, height) > _LARGEST_SIDE:
         raise ValueError(
-            f"the picture would be {width:,.0f} x {height:,.0f} pixels, and {_LARGEST_SIDE:,} a side is the most: "
-            "give it fewer heads, layers or positions"
+            f"the picture would be {width:,.0f} x {height:,.0f} pixels; the limit is {_LARGEST_SIDE:,} pixels a side. "
+            "Use fewer heads, layers or positions"
         )

@@ -1,18 +1,20 @@
-"""What every picture can do: be saved whole, and be a page that asks the network for nothing."""
+"""The base class of pictures: saving, and HTML pages that do not use the network."""
 
 import abc
 import html
 import os
 from pathlib import Path
 
-# The browser itself refuses what is not in the file: the promise that a page needs no network is not ours to break.
+from gemma3_jax import atomic
+
+# With this policy the browser refuses to load anything from outside the file, so a page cannot use the network.
 _ONLY_THIS_FILE = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
 )
 
 
 class Picture(abc.ABC):
-    """A picture of some data; a notebook shows it, `save` writes it."""
+    """A picture of some data; a notebook renders it and `save` writes it."""
 
     title: str
 
@@ -31,28 +33,23 @@ class Picture(abc.ABC):
         return f"{type(self).__name__}({self.title!r})"
 
     def save(self, file: str | os.PathLike[str]) -> None:
-        """Write the picture to `file`, all or nothing: one HTML page that needs no network, or a PNG.
+        """Write the picture to `file`, whole or not at all: one HTML page that works offline, or a PNG.
 
         Args:
-            file: ends in .html (about 5 MB for heatmaps, which carry plotly's script with them) or .png.
+            file: ends in .html (about 5 MB for heatmaps, which include plotly's script) or .png.
 
         Raises:
-            ValueError: another suffix, or a picture of more pixels than a screen or an image file takes.
-            FileNotFoundError: the directory does not exist.
+            ValueError: another suffix, or a picture with too many pixels for a screen or an image file.
+            OSError: the file cannot be written: see `gemma3_jax.atomic.new_file`.
         """
         path = Path(file)
         suffix = path.suffix.lower()
         if suffix not in (".html", ".png"):
             raise ValueError(f"{path.name}: a picture is saved as .html or .png")
-        if not path.absolute().parent.is_dir():
-            raise FileNotFoundError(f"{path.parent} is no directory; {path.name} has no place there")
+        target = atomic.check_new_file(path)
         content = self.to_png() if suffix == ".png" else self.to_html().encode()
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            unfinished.write_bytes(content)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with atomic.new_file(target) as temporary:
+            temporary.write_bytes(content)
 
 
 def page(title: str, body: str) -> str:

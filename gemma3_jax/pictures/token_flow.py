@@ -1,36 +1,29 @@
-"""A text whose tokens are coloured by a value."""
+"""A text whose tokens are coloured by their values."""
 
-import dataclasses
 import html
 
 import numpy as np
 
+from gemma3_jax.pictures.data import Tokens
 from gemma3_jax.pictures.labels import token_labels, visible
+from gemma3_jax.pictures.layout import LINE_WIDTH
 from gemma3_jax.pictures.picture import Picture, page
-from gemma3_jax.pictures.scale import GREY_NOTE, Scale
-
-LINE_WIDTH = 900  # pixels
+from gemma3_jax.pictures.scale import GREY_NOTE
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class TokenFlow(Picture):
-    """Tokens one after the other, as a text is read, each on the colour of its value [p] float32 (grey where NaN).
+class TokenFlow(Tokens, Picture):
+    """Tokens in reading order, each on the colour of its value [p] float32 (grey for NaN).
 
-    A token that ends in a newline ends its line. In HTML, which has no script, the mouse over a token shows its
-    position and value.
+    A token that ends in a newline ends its line. In HTML, hovering over a token shows its position and value, without a
+    script.
     """
 
-    title: str
-    tokens: list[str]
-    values: np.ndarray
-    scale: Scale
-
     def to_html(self) -> str:
-        """A page of about 200 bytes a token."""
+        """An HTML page of about 200 bytes per token."""
         return page(self.title, self._repr_html_())
 
     def to_png(self) -> bytes:
-        """The same at 1.5 pixels for each of the HTML's."""
+        """The same picture as the HTML, at 1.5 times its pixels per side."""
         from gemma3_jax.pictures import with_matplotlib
 
         return with_matplotlib.token_flow_png(self)
@@ -51,9 +44,9 @@ class TokenFlow(Picture):
     def _span(self, token: str, label: str, value: float) -> str:
         colours = f"background:{self.scale.colour(value)};color:{self.scale.ink(value)}"
         style = f"{colours};padding:2px 3px;margin:0 1px;white-space:nowrap"
-        told = html.escape(f"{label}: {value:.4g}")
+        tooltip = html.escape(f"{label}: {value:.4g}")
         line_end = "<br>" if token.endswith("\n") else "<wbr>"
-        return f'<span style="{style}" title="{told}">{html.escape(visible(token))}</span>{line_end}'
+        return f'<span style="{style}" title="{tooltip}">{html.escape(visible(token))}</span>{line_end}'
 
     def _gradient(self) -> str:
         return f"linear-gradient(to right, {', '.join(self.scale.stops())})"

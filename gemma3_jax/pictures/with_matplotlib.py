@@ -1,24 +1,18 @@
-"""Pictures as PNG. No window and no state of pyplot: each figure has its own canvas and matplotlib's own style."""
+"""Pictures as PNG. Each figure has its own canvas and matplotlib's default style; pyplot and windows are not used."""
 
 import dataclasses
 import functools
 import io
 import math
+from typing import Any
 
-import matplotlib.style
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
-from matplotlib.patches import Rectangle
 
-from gemma3_jax.pictures.heatmaps import Heatmaps, Panel
+from gemma3_jax.extras import needs_extra
+from gemma3_jax.pictures.data import Panel, Panels, Tokens
 from gemma3_jax.pictures.labels import escaped, visible
 from gemma3_jax.pictures.layout import (
+    LINE_WIDTH,
     NAME_SIZE,
     PAD,
     PITCH,
@@ -31,17 +25,27 @@ from gemma3_jax.pictures.layout import (
     text_width,
 )
 from gemma3_jax.pictures.scale import GREY_NOTE, Scale
-from gemma3_jax.pictures.token_flow import LINE_WIDTH, TokenFlow
+
+with needs_extra("plots", "pictures need"):
+    import matplotlib.style
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import findfont, get_font
+    from matplotlib.patches import Rectangle
 
 _PER_INCH = 100  # pixels of a layout
-_SHARPNESS = 1.5  # pixels of a PNG for one of its layout
-_TOKEN_LINE = 26  # from one line of tokens to the next
+_SHARPNESS = 1.5  # pixels of a PNG per pixel of its layout
+_TOKEN_LINE = 26  # distance between two lines of tokens
 _BAR_LENGTH, _BAR_WIDTH = 240, 10  # below the tokens
 _PLAIN, _MONOSPACED = "DejaVu Sans", "DejaVu Sans Mono"  # they come with matplotlib
 
 
 @matplotlib.style.context("default")
-def heatmaps_png(heatmaps: Heatmaps) -> bytes:
+def heatmaps_png(heatmaps: Panels) -> bytes:
     """The contents of a PNG file."""
     heatmaps = _all_drawable(heatmaps)
     layout = arrange(heatmaps)
@@ -55,8 +59,8 @@ def heatmaps_png(heatmaps: Heatmaps) -> bytes:
 
 
 @matplotlib.style.context("default")
-def token_flow_png(flow: TokenFlow) -> bytes:
-    """The contents of a PNG file; a line breaks where a token has no more room, or ends in a newline."""
+def token_flow_png(flow: Tokens) -> bytes:
+    """The contents of a PNG file; a line breaks if it is full, or after a token that ends in a newline."""
     texts = [_drawable(visible(token), _MONOSPACED) for token in flow.tokens]
     boxes = _flow([text_width(text, NAME_SIZE) + 6 for text in texts], [t.endswith("\n") for t in flow.tokens])
     width = max(420, *(box.left + box.width for box in boxes)) + PAD
@@ -78,7 +82,7 @@ def token_flow_png(flow: TokenFlow) -> bytes:
 
 
 def _flow(widths: list[float], line_ends: list[bool]) -> list[Box]:
-    """Boxes of those widths from left to right, in lines."""
+    """Boxes with those widths, from left to right in lines."""
     left, top = float(PAD), 0.0
     boxes: list[Box] = []
     for width, line_end in zip(widths, line_ends, strict=True):
@@ -90,7 +94,7 @@ def _flow(widths: list[float], line_ends: list[bool]) -> list[Box]:
 
 
 def _paper(width: float, height: float) -> Axes:
-    """The whole of a new figure, with pixels of a layout as coordinates."""
+    """Axes that fill a new figure, with the layout's pixels as coordinates."""
     figure = Figure((width / _PER_INCH, height / _PER_INCH), dpi=_SHARPNESS * _PER_INCH)
     paper = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     paper.set_axis_off()
@@ -110,8 +114,8 @@ def _contents(paper: Axes) -> bytes:
     return file.getvalue()
 
 
-def _font(size: float, family: str) -> dict:
-    """Properties of a text; matplotlib takes points for sizes, and dollars for mathematics."""
+def _font(size: float, family: str) -> dict[str, Any]:
+    """Properties of a text: matplotlib wants sizes in points, and must not parse dollar signs as mathematics."""
     return {"size": size * 72 / _PER_INCH, "family": family, "parse_math": False}
 
 
@@ -128,7 +132,7 @@ def _write(paper: Axes, text: Text, family: str = _PLAIN, color: str = "black") 
     )
 
 
-def _draw_panel(axes: Axes, heatmaps: Heatmaps, panel: Panel, turned: bool) -> None:
+def _draw_panel(axes: Axes, heatmaps: Panels, panel: Panel, turned: bool) -> None:
     scale = heatmaps.scale
     norm = Normalize(scale.low, scale.high)
     axes.imshow(panel.values, cmap=scale.colour_map(), norm=norm, aspect="auto", interpolation="none")
@@ -140,7 +144,7 @@ def _draw_panel(axes: Axes, heatmaps: Heatmaps, panel: Panel, turned: bool) -> N
 
 
 def _label(axis: Axis, labels: list[str], length: float, rotation: float = 0) -> None:
-    """Label each entry of an axis, or every second, third... where all are too many for its length."""
+    """Label each entry of an axis, or every second, third... entry if there is not enough space for all."""
     every = math.ceil(round(PITCH * len(labels) * _SHARPNESS / length, 6))
     axis.set_ticks(range(0, len(labels), every), labels[::every], rotation=rotation, **_font(TICK_SIZE, _MONOSPACED))
 
@@ -151,8 +155,8 @@ def _draw_bar(axes: Axes, scale: Scale, orientation: str) -> None:
     bar.set_ticks(scale.ticks(), labels=scale.tick_labels(), **_font(TICK_SIZE, _PLAIN))
 
 
-def _all_drawable(heatmaps: Heatmaps) -> Heatmaps:
-    """The same with drawable labels and texts, so that the layout has room for them."""
+def _all_drawable(heatmaps: Panels) -> Panels:
+    """The same heatmaps with drawable labels and texts, so that the layout reserves enough space."""
     rows, columns = (
         dataclasses.replace(axis, labels=[_drawable(label, _MONOSPACED) for label in axis.labels])
         for axis in (heatmaps.rows, heatmaps.columns)
@@ -165,7 +169,7 @@ def _all_drawable(heatmaps: Heatmaps) -> Heatmaps:
 
 
 def _drawable(text: str, family: str) -> str:
-    """`text` with Python's escapes for the characters that the font lacks, such as ideographs."""
+    """`text` with Python escapes for characters that the font does not have, such as ideographs."""
     return "".join(c if _font_has(family, c) else escaped(c) for c in text)
 
 

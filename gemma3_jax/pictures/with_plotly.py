@@ -4,33 +4,35 @@ import html
 import math
 from typing import Any
 
-import plotly.graph_objects as go
-
-from gemma3_jax.pictures.heatmaps import Axis, Heatmaps, Panel
+from gemma3_jax.extras import needs_extra
+from gemma3_jax.pictures.data import Axis, Panel, Panels
 from gemma3_jax.pictures.layout import PITCH, TICK_SIZE, Layout, arrange
 from gemma3_jax.pictures.picture import page
 from gemma3_jax.pictures.scale import NO_VALUE
 
+with needs_extra("plots", "pictures need"):
+    import plotly.graph_objects as go
+
 _MONOSPACED = "DejaVu Sans Mono, Menlo, Consolas, monospace"
 
 
-def to_html(heatmaps: Heatmaps) -> str:
-    """A page with plotly's script in it."""
+def to_html(heatmaps: Panels) -> str:
+    """An HTML page that includes plotly's script."""
     options = {"displaylogo": False}
     body = _figure(heatmaps).to_html(full_html=False, include_plotlyjs=True, div_id="picture", config=options)
     return page(heatmaps.title, body)
 
 
-def to_frame(heatmaps: Heatmaps) -> str:
-    """The page in a frame, where its script meets no other version of itself, and no module loader of a notebook."""
-    height = math.ceil(arrange(heatmaps).height) + 20  # the scroll bar's
+def to_frame(heatmaps: Panels) -> str:
+    """The page in a frame, which isolates its script from other versions of plotly and a notebook's module loader."""
+    height = math.ceil(arrange(heatmaps).height) + 20  # for the scroll bar
     return (
         f'<iframe title="{html.escape(heatmaps.title)}" srcdoc="{html.escape(to_html(heatmaps))}" '
         f'style="width:100%;height:{height}px;border:0"></iframe>'
     )
 
 
-def _figure(heatmaps: Heatmaps) -> go.Figure:
+def _figure(heatmaps: Panels) -> go.Figure:
     layout = arrange(heatmaps)
     figure = go.Figure()
     for i, panel in enumerate(heatmaps.panels, start=1):
@@ -47,8 +49,8 @@ def _figure(heatmaps: Heatmaps) -> go.Figure:
     )
 
 
-def _add_panel(figure: go.Figure, i: int, heatmaps: Heatmaps, panel: Panel, layout: Layout) -> None:
-    """Add the i-th panel, counted from 1, with axes of its own."""
+def _add_panel(figure: go.Figure, i: int, heatmaps: Panels, panel: Panel, layout: Layout) -> None:
+    """Add the i-th panel, counted from 1, with its own axes."""
     rows, columns, box = heatmaps.rows, heatmaps.columns, layout.panels[i - 1]
     axis = {
         "type": "category",
@@ -89,8 +91,8 @@ def _add_panel(figure: go.Figure, i: int, heatmaps: Heatmaps, panel: Panel, layo
         _add_texts(figure, i, heatmaps, panel)
 
 
-def _add_texts(figure: go.Figure, i: int, heatmaps: Heatmaps, panel: Panel) -> None:
-    """Write in the cells: a trace of its own, since a heatmap's texts have one colour, or too little contrast."""
+def _add_texts(figure: go.Figure, i: int, heatmaps: Panels, panel: Panel) -> None:
+    """Write in the cells with a separate trace: in a heatmap trace, texts have one colour, or too little contrast."""
     rows, columns = _categories(heatmaps.rows), _categories(heatmaps.columns)
     figure.add_scatter(
         x=columns * len(rows),
@@ -110,7 +112,7 @@ def _add_texts(figure: go.Figure, i: int, heatmaps: Heatmaps, panel: Panel) -> N
 
 
 def _escape(text: str) -> str:
-    """`text` as plotly shows it verbatim: it takes its texts for HTML, and dollars for mathematics."""
+    """`text` escaped so that plotly shows it verbatim: plotly parses texts as HTML, and dollar signs as mathematics."""
     return html.escape(text, quote=False).replace("$", "&#36;").replace("\n", "<br>")
 
 
@@ -118,7 +120,7 @@ def _categories(axis: Axis) -> list[str]:
     return [_escape(label) for label in axis.labels]
 
 
-def _colours(heatmaps: Heatmaps, layout: Layout) -> dict[str, Any]:
+def _colours(heatmaps: Panels, layout: Layout) -> dict[str, Any]:
     scale, bar = heatmaps.scale, layout.bar
     return {
         "colorscale": scale.colours,

@@ -1,0 +1,1 @@
+"""The captured activations of a run, and decompositions of the residual stream."""

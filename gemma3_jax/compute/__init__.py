@@ -1,0 +1,1 @@
+"""Numerical kernels: matrix products and attention. This package does not depend on sites or hooks."""

@@ -1,0 +1,1 @@
+"""Convert Hugging Face checkpoints to parameters, and export parameters to checkpoints."""

@@ -1,0 +1,1 @@
+"""`HookedGemma3`: the model for interactive use."""

@@ -1,0 +1,1 @@
+"""Interception of sites, edits, reductions, and the tracing of users' functions."""

@@ -1,0 +1,132 @@
+"""Two layouts of the same parameters: an entry for each block, or all blocks stacked for a scan.
+
+The stacked layout has `params["blocks"]["attn"]["q"]["weight"]` [l, h, d, e] in place of `params["blocks_0"]` to
+`params["blocks_25"]`, where l is the number of layers. A model with this layout traces and compiles one block,
+whatever l is. Sliding and full layers have weights of the same shapes, and differ only in rotation and mask.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import DictKey
+
+from gemma3_jax.config import Gemma3Config
+from gemma3_jax.sites.names import block_key
+from gemma3_jax.types import Params, PyTree
+
+BLOCKS = "blocks"
+
+
+def is_stacked(params: Params) -> bool:
+    """Whether parameters are in the stacked layout."""
+    return BLOCKS in params
+
+
+def stack_layers(config: Gemma3Config, params: Params) -> Params:
+    """The parameters in the stacked layout, with which `forward` scans over layers; values do not change.
+
+    Stacked parameters are returned unchanged. Pure; for shapes only, use `jax.eval_shape`.
+
+    Args:
+        config: shape of the model.
+        params: parameter pytree in either layout, as `conversion.convert_checkpoint` returns it; not changed.
+
+    Memory: a second copy of the blocks, until you delete `params`.
+
+    Raises:
+        ValueError: the parameters do not match the config, or blocks differ in shape or dtype.
+
+    >>> from conversion import convert_checkpoint
+    >>> from gemma3_jax import TINY
+    >>> config, params = convert_checkpoint(TINY)
+    >>> stacked = stack_layers(config, params)
+    >>> sorted(stacked), stacked["blocks"]["mlp"]["in"]["weight"].shape
+    (['blocks', 'embed', 'ln_final'], (4, 96, 192))
+    """
+    check_layout(config, params)
+    if is_stacked(params):
+        return dict(params)
+    names = [block_key(layer) for layer in range(config.num_hidden_layers)]
+    return {key: value for key, value in params.items() if key not in names} | {BLOCKS: _stack(params, names)}
+
+
+def unstack_layers(config: Gemma3Config, params: Params) -> Params:
+    """The parameters with an entry for each block: the inverse of `stack_layers`, bit for bit.
+
+    Args:
+        config: shape of the model.
+        params: parameter pytree in either layout; not changed.
+
+    Memory: a second copy of the blocks, until you delete `params`.
+
+    Raises:
+        ValueError: the parameters do not match the config.
+
+    >>> from conversion import convert_checkpoint
+    >>> from gemma3_jax import TINY
+    >>> config, params = convert_checkpoint(TINY)
+    >>> again = unstack_layers(config, stack_layers(config, params))
+    >>> bool((again["blocks_3"]["mlp"]["in"]["weight"] == params["blocks_3"]["mlp"]["in"]["weight"]).all())
+    True
+    """
+    if not is_stacked(params):
+        return dict(params)
+    check_layout(config, params)
+    blocks = {block_key(i): layer_params(config, params, i) for i in range(config.num_hidden_layers)}
+    return {key: value for key, value in params.items() if key != BLOCKS} | blocks
+
+
+def layer_params(config: Gemma3Config, params: Params, layer: int, *path: str) -> PyTree:
+    """The parameters of one block, or its entry at `path`, from either layout; slices of stacked parameters.
+
+    >>> from conversion import convert_checkpoint
+    >>> from gemma3_jax import TINY
+    >>> config, params = convert_checkpoint(TINY)
+    >>> layer_params(config, stack_layers(config, params), 3, "attn", "q", "weight").shape
+    (4, 96, 24)
+    """
+    stacked = is_stacked(params)
+    node = params[BLOCKS] if stacked else params[block_key(layer)]
+    for key in path:
+        node = node[key]
+    return jax.tree.map(lambda w: w[layer], node) if stacked else node
+
+
+def check_layout(config: Gemma3Config, params: Params) -> None:
+    """Raise ValueError if the blocks of the parameters are not those of the config."""
+    layers = config.num_hidden_layers
+    expected = set() if is_stacked(params) else {block_key(layer) for layer in range(layers)}
+    present = {key for key in params if key.startswith("blocks_")}
+    if expected != present:
+        wrong = sorted(expected ^ present)[0]
+        if is_stacked(params):
+            raise ValueError(f"params have {BLOCKS!r}, which are stacked, and {wrong!r}; remove one of them")
+        does = "lack" if wrong in expected else "have"
+        raise ValueError(f"params {does} {wrong!r}; the config requires {layers} blocks")
+    if not is_stacked(params):
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params[BLOCKS]):
+        if jnp.shape(leaf)[:1] != (layers,):
+            where = "/".join(key.key for key in path)
+            raise ValueError(f"params['blocks']: {where} has shape {jnp.shape(leaf)}; this config has {layers} layers")
+
+
+def _stack(params: Params, names: list[str]) -> Params:
+    """The blocks with those names as one pytree with leaves [l, ...]."""
+
+    def stack(path: tuple[DictKey, ...], *leaves: np.ndarray | jax.Array) -> jax.Array:
+        for name, leaf in zip(names, leaves, strict=True):
+            if (leaf.shape, leaf.dtype) != (leaves[0].shape, leaves[0].dtype):
+                where = "/".join(key.key for key in path)
+                raise ValueError(
+                    f"{name}/{where} is {leaf.dtype} of shape {leaf.shape}, {names[0]}/{where} {leaves[0].dtype} of "
+                    f"shape {leaves[0].shape}; stacked blocks must have equal shapes and dtypes"
+                )
+        return _stacked(leaves)
+
+    return jax.tree_util.tree_map_with_path(stack, *(params[name] for name in names))
+
+
+_stacked = jax.jit(jnp.stack)

@@ -1,0 +1,62 @@
+"""The data of a picture. This module does not draw."""
+
+import dataclasses
+
+import numpy as np
+
+from gemma3_jax.pictures.scale import Scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """The name of the rows or columns, and a label for each; labels are unique."""
+
+    name: str
+    labels: list[str]
+
+    def __post_init__(self) -> None:
+        if not self.labels:
+            raise ValueError(f"there is nothing to draw: the {self.name} axis is empty")
+        repeated = sorted({label for label in self.labels if self.labels.count(label) > 1})
+        if repeated:
+            raise ValueError(
+                f"several entries of the {self.name} axis are labelled {repeated[0]!r}; labels must be unique"
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Panel:
+    """One heatmap: values [r, c] float32, NaN where there is no value, and optional texts for the cells.
+
+    The HTML shows `details` when the mouse is over a cell, with the labels of the cell and without its value.
+    """
+
+    title: str
+    values: np.ndarray
+    texts: list[list[str]] | None = None
+    details: list[list[str]] | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Panels:
+    """Heatmaps with the same rows, columns and scale."""
+
+    title: str
+    panels: list[Panel]
+    rows: Axis
+    columns: Axis
+    scale: Scale
+
+    def __post_init__(self) -> None:
+        if not self.panels:
+            raise ValueError("there is nothing to draw; name at least one head")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Tokens:
+    """The tokens of a text, each with its value [p] float32, NaN where there is no value."""
+
+    title: str
+    tokens: list[str]
+    values: np.ndarray
+    scale: Scale

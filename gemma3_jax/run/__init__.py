@@ -1,0 +1,1 @@
+"""A run of the model: its request, the forward pass, and gradients."""

@@ -1,0 +1,1 @@
+"""The sites that can be captured or edited, and their names."""

@@ -1,0 +1,60 @@
+"""The example scripts run, and show what they say."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import find_induction_heads
+
+    yield find_induction_heads
+    sys.modules.pop("find_induction_heads")
+
+
+def test_three_ways_find_the_same_heads(example, tmp_path, capsys):
+    """The script itself compares them and draws figures; without these heads the model no longer copies."""
+    example.main(tmp_path)
+    printed = capsys.readouterr().out
+    assert printed.count("L1H0") == printed.count("L1H3") == 3
+    assert {file.name for file in tmp_path.iterdir()} == {
+        f"{name}.{suffix}" for name in ("patterns", *example.MEASURES) for suffix in ("html", "png")
+    }
+    model = example.HookedGemma3.from_pretrained(example.TINY, dtype="float32")
+    clean = example.repeated_tokens(model, rows=4, half=example.HALF, seed=2)
+    corrupted = clean.copy()
+    corrupted[:, 1 : example.HALF + 1] = clean[::-1, 1 : example.HALF + 1]
+    loss = example.out_and_back(model, clean, corrupted, [(1, head) for head in range(4)])
+    assert loss["intact prompt"] > -0.1
+    assert loss["intact, these heads ablated"] < -4
+    assert loss["intact, as many others ablated"] > -2  # control
+    assert loss["first half exchanged"] < -3
+    assert loss["exchanged, these heads patched in"] > -0.1
+    assert loss["exchanged, as many others patched in"] < -3  # control
+
+
+def test_disagreement_is_an_error(example, tmp_path, monkeypatch):
+    """The script does not call heads found on which its ways differ."""
+    scores = {name: np.eye(4)[::-1] if name == "patching" else np.eye(4) for name in example.MEASURES}
+    monkeypatch.setattr(example, "three_ways", lambda *arguments: scores)
+    with pytest.raises(SystemExit, match="do not agree"):
+        example.main(tmp_path, count=1)
+
+
+def test_attribution_of_a_similarity(monkeypatch, capsys):
+    """Contributions of states add up; the gradient agrees with leaving out each token, and shuffled it does not."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import attribute_similarity
+
+    value, answers = attribute_similarity.main()
+    assert "correlation" in capsys.readouterr().out
+    np.testing.assert_allclose(answers["state"].sum(axis=1), value, atol=1e-5)
+    gradient, without = (answers[name].ravel() for name in ("gradient", "without"))
+    assert np.corrcoef(gradient, without)[0, 1] > 0.7
+    assert np.corrcoef(np.roll(gradient, 3), without)[0, 1] < 0.7  # control
