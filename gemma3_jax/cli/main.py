@@ -59,7 +59,9 @@ Tied = Annotated[
 @app.callback()
 def options(traceback: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
     """Gemma 3 in JAX, open at every site."""
-    _keep_compilations()
+    from gemma3_jax.kept import keep_programs
+
+    keep_programs()
 
 
 @app.command()
@@ -334,16 +336,6 @@ def main() -> None:
         message = printable(" ".join(" ".join(parts).split())) or type(error).__name__
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2 if usage else 1)
-
-
-def _keep_compilations() -> None:
-    """Keep programs that take a second or more to compile for later commands, unless JAX has a cache directory."""
-    import jax
-
-    from gemma3_jax.conversion.files import cache_directory
-
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined] # missing in jax's stubs
-        jax.config.update("jax_compilation_cache_dir", str(cache_directory()))
 
 
 def _vector(file: Path) -> np.ndarray:

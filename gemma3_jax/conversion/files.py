@@ -193,11 +193,6 @@ def writing(directory: str | os.PathLike[str]) -> Iterator[Path]:
         in_first(stack.close)
 
 
-def cache_directory() -> Path:
-    """Where this library keeps what takes long to make again; it need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma3-jax"
-
-
 def write_json(file: Path, value: Json | Sequence[Json]) -> None:
     """Write `value` as indented JSON."""
     file.write_text(json.dumps(value, indent=2) + "\n")

@@ -10,6 +10,7 @@ from typing import Any
 from gemma3_jax.conversion import files
 from gemma3_jax.conversion.gguf_header import Header, vocabulary
 from gemma3_jax.conversion.tokenizers import load_tokenizer as load_tokenizer_files
+from gemma3_jax.kept import cache_directory
 from gemma3_jax.messages import printable
 from gemma3_jax.reading import CheckpointError
 
@@ -26,7 +27,7 @@ def load_tokenizer(header: Header) -> Any:
     """The Hugging Face tokenizer of a GGUF file, or None if the file has no vocabulary of SentencePiece.
 
     Tokenizer files in the directory of the file come first. If there are none, the tokenizer is made from the file's
-    vocabulary, which takes seconds, and is kept under `files.cache_directory()` for all files with this vocabulary.
+    vocabulary, which takes seconds, and is kept under `cache_directory()` for all files with this vocabulary.
 
     Raises:
         CheckpointError: the tokenizer beside the file is that of another model.
@@ -39,7 +40,7 @@ def load_tokenizer(header: Header) -> Any:
     if fields.get("tokenizer.ggml.model") != "llama" or not tokens:
         _log.warning("%s has no SentencePiece vocabulary: the model is loaded without a tokenizer", file)
         return None
-    kept = files.cache_directory() / "tokenizers" / _fingerprint(fields)
+    kept = cache_directory() / "tokenizers" / _fingerprint(fields)
     if not kept.is_dir():
         _log.info("making the tokenizer of %s, to be kept in %s", file, kept)
         try:

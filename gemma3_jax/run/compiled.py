@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.tree_util import PyTreeDef
 
+from gemma3_jax.kept import keep_programs
 from gemma3_jax.meshes import replicated, set_mesh_of
 from gemma3_jax.run.sharing import Shared, shared, unshared
 from gemma3_jax.types import Params, PyTree
@@ -101,6 +102,8 @@ def _program(
     replicate: bool,
     static: tuple[tuple[str, Hashable], ...],
 ) -> jax.stages.Wrapped:
+    keep_programs()
+
     def program(params: Params | None, packed: Shared, donated: PyTree) -> Shared:
         arguments = unshared(packed)
         if donate is not None:

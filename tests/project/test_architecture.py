@@ -15,6 +15,7 @@ ROOMS = {
     "reading": ("files that others wrote, which may be damaged or hostile: JSON and safetensors", "messages"),
     "elsewhere": ("names of TransformerLens that are missing here, and what to write", ""),
     "config": ("the shape of a model", "messages elsewhere"),
+    "kept": ("what is kept on disk from one process to the next", ""),
     "types": ("short names of the types in signatures", ""),
     "extras": ("optional packages, and the error where one is missing", ""),
     "renamed": ("old names of arguments, which work for one version with a warning", ""),
@@ -40,7 +41,7 @@ ROOMS = {
     ),
     "conversion": (
         "checkpoint in, checkpoint out",
-        "messages atomic reading config types extras processes sites model",
+        "messages atomic reading config kept types extras processes sites model",
     ),
     "cache": (
         "what comes out of a run, and the arithmetic of the residual stream",
@@ -48,7 +49,7 @@ ROOMS = {
     ),
     "run": (
         "one request, the forward pass, gradients",
-        "config types renamed positions meshes inputs sites hooks model cache",
+        "config kept types renamed positions meshes inputs sites hooks model cache",
     ),
     "generation": (
         "the KV cache, reading a prompt, writing tokens, sampling",
@@ -71,7 +72,7 @@ ROOMS = {
     "parity": ("the comparison with Hugging Face, in torch", "config types extras sites model conversion run"),
     "cli": (
         "the command line",
-        "messages atomic reading extras types sites conversion generation placing hooked pictures parity",
+        "messages atomic reading kept extras types sites conversion generation placing hooked pictures parity",
     ),
 }
 # Only these rooms import packages that load slowly or are optional.

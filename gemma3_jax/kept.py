@@ -1,0 +1,28 @@
+"""What is kept on disk from one process to the next."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+def cache_directory() -> Path:
+    """Where this library keeps what takes long to make again; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma3-jax"
+
+
+def keep_programs() -> None:
+    """Let JAX keep the programs that take a second or more to compile, of this library and of others.
+
+    It does nothing if JAX has a directory for them, if its cache is off, or if ours cannot be written.
+    """
+    settings: Any = jax.config  # jax's stubs do not have these two
+    if settings.jax_compilation_cache_dir is not None or not settings.jax_enable_compilation_cache:
+        return
+    try:
+        cache_directory().mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(cache_directory(), os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory()))
