@@ -74,8 +74,8 @@ def replace_rows(weight: np.ndarray, rows: Sequence[int], values: np.ndarray) ->
 def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """A float32 product, on the CPU if JAX has it.
 
-    XLA adds the r terms of each element in order, with fused multiply-adds, and so does torch: the results have equal
-    bits. NumPy's BLAS adds them in another order from a rank of 8 on.
+    XLA adds the r terms of each element in order, with fused multiply-adds, and so does torch on most CPUs: the results
+    have equal bits. NumPy's BLAS adds them in another order from a rank of 8 on.
     """
     try:
         devices = jax.local_devices(backend="cpu")

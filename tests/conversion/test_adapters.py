@@ -119,6 +119,18 @@ def unequal(ours, theirs, ulps=0):
     return names
 
 
+def near(ours, theirs, terms):
+    """Whether parameters are equal but for the order in which torch adds these many products; its CPU chooses it.
+
+    Each addition rounds float32 once. In bfloat16, the last step of one number in a thousand may then be another.
+    """
+    if all(leaf.dtype != jnp.bfloat16 for leaf in jax.tree.leaves(ours)):
+        return unequal(ours, theirs, ulps=terms) == []
+    pairs = [(np.float32(a), np.float32(b)) for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True)]
+    one_step = all(np.all(np.abs(a - b) <= 2.0**-7 * np.abs(b)) for a, b in pairs)
+    return one_step and sum((a != b).sum() for a, b in pairs) <= sum(a.size for a, _ in pairs) / 1000
+
+
 def edit_config(adapter, **values):
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
@@ -134,12 +146,12 @@ def edit_weights(adapter, change):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", LORA)
 def test_lora_equals_peft(base, tmp_path, name, dtype):
-    """Bit for bit, except DoRA in float32: PEFT sums its norms of at most 64 numbers in float32, we in float64."""
+    """PEFT sums the norms of DoRA, of at most 64 numbers, in float32; we in float64."""
     adapter = lora(base, tmp_path / "adapter", **LORA[name])
     config, params = convert_checkpoint(base, adapter=adapter, dtype=dtype)
     hf_config, hf_params = merged(base, adapter, dtype)
     assert config.tie_word_embeddings == hf_config.tie_word_embeddings
-    assert unequal(params, hf_params, ulps=4 if "dora" in name and dtype == "float32" else 0) == []
+    assert near(params, hf_params, terms=8)  # the largest rank, of the products and of DoRA's norms
     plain = convert_checkpoint(base, dtype=dtype)[1]
     if not name.startswith("saved") or config.tie_word_embeddings:
         assert unequal(params, plain) != []  # the adapter does something
@@ -149,7 +161,7 @@ def test_lora_equals_peft(base, tmp_path, name, dtype):
 def test_other_types_equal_peft(base, tmp_path, name):
     """IA3, LoHa and trained tokens are plain arithmetic, too."""
     adapter = trained(base, tmp_path / "adapter", OTHERS[name]())
-    assert unequal(convert_checkpoint(base, adapter=adapter)[1], merged(base, adapter, "float32")[1]) == []
+    assert near(convert_checkpoint(base, adapter=adapter)[1], merged(base, adapter, "float32")[1], terms=8)
     assert unequal(convert_checkpoint(base, adapter=adapter)[1], convert_checkpoint(base)[1]) != []
 
 
@@ -159,7 +171,7 @@ def test_a_wrong_scale_differs(base, tmp_path, name, wrong):
     adapter = lora(base, tmp_path / "adapter", **LORA[name])
     right = merged(base, adapter, "float32")[1]
     edit_config(adapter, **wrong)
-    assert unequal(convert_checkpoint(base, adapter=adapter)[1], right) != []
+    assert not near(convert_checkpoint(base, adapter=adapter)[1], right, terms=8)
 
 
 def test_biases_equal_peft(tmp_path):
@@ -184,7 +196,7 @@ def test_biases_equal_peft(tmp_path):
     for name, each in configs.items():
         adapter = trained(tmp_path / "base", tmp_path / name, each)
         params = convert_checkpoint(tmp_path / "base", adapter=adapter)[1]
-        assert unequal(params, merged(tmp_path / "base", adapter, "float32")[1]) == [], name
+        assert near(params, merged(tmp_path / "base", adapter, "float32")[1], terms=8), name
 
 
 def test_one_adapter_for_tied_embeddings_is_added_once(base, tmp_path):
@@ -216,7 +228,7 @@ def test_a_larger_vocabulary(base, tmp_path):
     resized.resize_token_embeddings(70)
     theirs = of_hf(peft.PeftModel.from_pretrained(resized, adapter).merge_and_unload())[1]
     assert config.vocab_size == 70
-    assert unequal(params, theirs) == []
+    assert near(params, theirs, terms=8)
 
 
 def test_multimodal_names(base, tmp_path):
@@ -254,14 +266,14 @@ def test_two_adapters_in_turn(base, tmp_path):
     second = lora(base, tmp_path / "second", target_modules=["q_proj", "v_proj"], r=2)
     once = peft.PeftModel.from_pretrained(hf(base), first).merge_and_unload()
     twice = peft.PeftModel.from_pretrained(once, second).merge_and_unload()
-    assert unequal(convert_checkpoint(first, adapter=second)[1], of_hf(twice)[1]) == []
+    assert near(convert_checkpoint(first, adapter=second)[1], of_hf(twice)[1], terms=16)
 
 
 def test_half_precision_adapter(base, tmp_path):
     """PEFT reads an adapter in bfloat16 as float32."""
     adapter = lora(base, tmp_path / "adapter", target_modules=["q_proj"])
     edit_weights(adapter, lambda tensors: tensors.update({k: v.astype(jnp.bfloat16) for k, v in tensors.items()}))
-    assert unequal(convert_checkpoint(base, adapter=adapter)[1], merged(base, adapter, "float32")[1]) == []
+    assert near(convert_checkpoint(base, adapter=adapter)[1], merged(base, adapter, "float32")[1], terms=8)
 
 
 def test_first_layers_of_an_adapted_model(base, tmp_path):
@@ -370,7 +382,7 @@ def test_from_hf_merges_a_copy(base, tmp_path, name):
     after = tuned.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert unequal(model.params, merged(base, adapter, "float32")[1]) == []
+    assert near(model.params, merged(base, adapter, "float32")[1], terms=8)
 
 
 def test_from_hf_takes_every_class(base):
