@@ -290,6 +290,7 @@ def fits(
     capture: Annotated[list[str] | None, typer.Option(help="A site to capture, or a glob; repeat it for more.")] = None,
     generate: Annotated[int | None, typer.Option(help="Number of new tokens.")] = None,
     gradients: Annotated[str | None, typer.Option(help="sites (those captured) or params.")] = None,
+    remat: Annotated[bool, typer.Option("--remat", help="Compute each block again for the gradients.")] = False,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     scan_layers: Annotated[
         bool | None, typer.Option("--scan-layers/--no-scan-layers", help="Default: scan, except to generate.")
@@ -312,6 +313,7 @@ def fits(
         capture=capture or (),
         generate=generate,
         gradients=cast(Any, gradients),
+        remat=remat,
         dtype=dtype,
         scan_layers=scan_layers,
         largest_batch=largest_batch,

@@ -3,15 +3,17 @@
 Axes: b batch, p position, d hidden_size.
 """
 
+import functools
 import operator
 from collections.abc import Sequence
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from gemma3_jax.model.past import Past
-from gemma3_jax.model.scan import BlockInputs, MakeBlock, from_layer, run_stacked
+from gemma3_jax.model.scan import BlockInputs, from_layer, run_stacked
 from gemma3_jax.model.watched import Watched
 from gemma3_jax.sites.names import block_key
 
@@ -19,7 +21,8 @@ from gemma3_jax.sites.names import block_key
 def run_blocks(
     model: Watched,
     scan_layers: bool,
-    make_block: MakeBlock,
+    remat: bool,
+    block_class: type[nn.Module],
     x: Float[Array, "b p d"],
     inputs: BlockInputs,
     start: int | Integer[Array, ""] | None,
@@ -31,7 +34,8 @@ def run_blocks(
     Args:
         model: the `Gemma3` that is being called.
         scan_layers: scan over the layers, whose parameters are stacked.
-        make_block: makes a block.
+        remat: compute each block again in a backward pass.
+        block_class: class of the blocks.
         x: [b, p, d], the residual stream that enters the first of them.
         inputs: for each layer type, the rotary tables and the mask.
         start: first block to run; negative numbers count from the end; may be traced.
@@ -40,7 +44,9 @@ def run_blocks(
     """
     start = _from_front(start, model.config.num_hidden_layers)
     if scan_layers:
-        return run_stacked(model, make_block, x, inputs, start, stop, past)
+        make_block = functools.partial(block_class, model.config)
+        return run_stacked(model, make_block, x, inputs, start, stop, past, remat)
+    make_block = functools.partial(nn.remat(block_class) if remat else block_class, model.config)
     tables, masks = inputs
     for i, kind in enumerate(model.config.layer_types[:stop]):
         block = make_block(model.watched, model.edited, name=block_key(i))

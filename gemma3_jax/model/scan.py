@@ -74,6 +74,7 @@ def run_stacked(
     start: int | Integer[Array, ""] | None,
     stop: int | None,
     past: Sequence[Past] | None,
+    remat: bool,
 ) -> Float[Array, "b p d"]:
     """Run the blocks `start` to `stop` in `model`, inside its compact call.
 
@@ -85,6 +86,7 @@ def run_stacked(
         start: first block to run; may be traced.
         stop: block before which the run stops.
         past: KV cache of each layer. Layers are then not scanned, because each step would copy its weights.
+        remat: compute each block again in a backward pass.
 
     Returns:
         [b, p, d], the residual stream after the last block.
@@ -105,12 +107,13 @@ def run_stacked(
         args = None if known else start, inputs, past
         # In the model, variables of a block are stored under the name of its layers; a scan stacks them.
         if len(layers) > 1:
-            x, variables = _scan(body, stacked, x, args, mutable)
+            x, variables = _scan(body, stacked, x, args, mutable, remat)
             inside, name = "block", f"{BLOCKS}_{first}_to_{layers[-1]}"
         else:
             inside = name = block_key(first)
             params = {name: layer_params(config, {BLOCKS: stacked}, first)}
-            x, variables = body.apply({"params": params}, x, 0, *args, mutable=mutable)
+            run = functools.partial(body.apply, mutable=mutable)
+            x, variables = (jax.checkpoint(run) if remat else run)({"params": params}, x, 0, *args)
         for collection, values in variables.items():
             if inside in values:
                 model.put_variable(collection, name, values[inside])
@@ -181,7 +184,12 @@ def _runs(model: Watched, layers: range, special: frozenset[str] | None) -> list
 
 
 def _scan(
-    body: Body, stacked: Params, x: Float[Array, "b p d"], args: tuple[PyTree, ...], mutable: CollectionFilter
+    body: Body,
+    stacked: Params,
+    x: Float[Array, "b p d"],
+    args: tuple[PyTree, ...],
+    mutable: CollectionFilter,
+    remat: bool,
 ) -> tuple[Float[Array, "b p d"], Mapping[str, PyTree]]:
     """Run the body at each step; returns the residual stream and the variables: captures by row, the others stacked."""
     first, steps = body.layers[0], len(body.layers)
@@ -203,5 +211,7 @@ def _scan(
         # Trace for shapes first: the scan carries the rows of the captures.
         shapes = jax.eval_shape(lambda: run((x, {}), jax.tree.map(lambda w: w[0], over))[0][1])
         empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    (x, captures), variables = jax.lax.scan(run, (x, empty), over)
+    # A scan needs no barriers: its steps share no computation.
+    step = jax.checkpoint(run, prevent_cse=False) if remat else run
+    (x, captures), variables = jax.lax.scan(step, (x, empty), over)
     return x, {**variables, CAPTURES: captures}

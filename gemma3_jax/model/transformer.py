@@ -80,11 +80,13 @@ class Gemma3(Watched):
             the interceptor sows are stacked under the names of the layers, `blocks_0_to_25`; only the collection
             `captures`, which `forward` uses, cannot be sown. Blocks do not see other collections passed to `apply`,
             and Flax's `capture_intermediates` does not reach into them.
+        remat: a backward pass keeps only the residual stream that enters each block, and computes the rest again.
     """
 
     watched: frozenset[str] = frozenset()
     edited: frozenset[str] = frozenset()
     scan_layers: bool = False
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -145,7 +147,7 @@ class Gemma3(Watched):
         kinds = sorted(set(c.layer_types))
         tables = {kind: rope_tables(c.rope(kind), positions, c.head_dim) for kind in kinds}
         masks = {kind: mask_of(c, kind, length, attention_mask, segment_ids, present) for kind in kinds}
-        blocks = functools.partial(run_blocks, self, self.scan_layers, functools.partial(Block, c))
+        blocks = functools.partial(run_blocks, self, self.scan_layers, self.remat, Block)
         x = blocks(x, (tables, masks), start_at_layer, stop_at_layer, past)
         if stop_at_layer is not None:
             return x

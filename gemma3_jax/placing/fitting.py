@@ -78,6 +78,7 @@ def fits(
     capture: Capture = (),
     generate: int | None = None,
     gradients: Wrt = None,
+    remat: bool = False,
     dtype: str = "bfloat16",
     scan_layers: bool | None = None,
     largest_batch: bool = True,
@@ -103,6 +104,7 @@ def fits(
         generate: number of new tokens: compile the prefill and the decode loop in place of one run.
         gradients: "sites" for those of the mean next-token loss at the captured sites, as `run_with_cache(...,
             incl_bwd=True)` returns them; "params" for those of all parameters.
+        remat: take the gradients as `forward(remat=True)` does, which needs less memory.
         dtype: "bfloat16" or "float32".
         scan_layers: stack the parameters, as in `HookedGemma3`, with which compile time does not grow with depth.
             Default: True, and False if `generate` is set, because generation would hold a second copy of the blocks.
@@ -134,12 +136,14 @@ def fits(
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(RUN_DTYPES)}")
     if gradients not in get_args(Wrt) or (gradients and generate):
         raise ValueError(f"gradients is {gradients!r}; it must be 'sites', 'params' or None, and None with generate")
+    if remat and not gradients:
+        raise ValueError("remat=True changes gradients alone; set gradients='sites' or 'params'")
     config = _config_of(source, revision)
     names = captured_names(config, capture)
     if gradients == "sites" and not names:
         raise ValueError("gradients='sites' needs the sites of the gradients; name them in capture")
     scan_layers = generate is None if scan_layers is None else scan_layers
-    work = Work(config, dtype, scan_layers, length, names, generate, gradients)
+    work = Work(config, dtype, scan_layers, length, names, generate, gradients, remat)
     result = _answer(target, Job(work, target, model, batch, largest_batch))
     programs = tuple(Program(**program) for program in result.pop("programs"))
     mesh = {"data": target.devices // model, "model": model}

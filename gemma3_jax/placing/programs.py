@@ -53,6 +53,7 @@ class Work:
         capture: canonical names of the captured sites.
         generate: number of new tokens, or None.
         gradients: what gradients are taken of: the captured sites, the parameters, or None.
+        remat: whether the gradients compute each block again.
     """
 
     config: Gemma3Config
@@ -62,6 +63,7 @@ class Work:
     capture: tuple[str, ...]
     generate: int | None
     gradients: Wrt
+    remat: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +122,7 @@ def _one_run(work: Work, mesh: Mesh, shape: tuple[int, int]) -> list[Program]:
     config = work.config
     params = abstract_params(config, work.dtype, mesh, work.scan_layers)
     names = () if work.gradients == "sites" else work.capture
-    request: PyTree = new_request(config, np.zeros(shape, np.int32), names, return_type=_result(work))
+    request: PyTree = new_request(config, np.zeros(shape, np.int32), names, return_type=_result(work), remat=work.remat)
     request = request.replace(source=_rows(shape, mesh))
     with jax.set_mesh(mesh):
         if work.gradients == "sites":

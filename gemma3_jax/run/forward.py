@@ -18,7 +18,7 @@ from gemma3_jax.model.past import Past, positions_after
 from gemma3_jax.model.transformer import Gemma3
 from gemma3_jax.positions import columns_at, default_positions, packed_documents
 from gemma3_jax.run.loss import next_token_loss
-from gemma3_jax.run.request import Output, Request, check_phases, new_request, warn_of_padding
+from gemma3_jax.run.request import Output, Request, check_phases, new_request, warn_of_constants, warn_of_padding
 from gemma3_jax.run.selection import Edits, ReducedCapture, ReturnType, runs
 from gemma3_jax.sites.names import layer_of
 from gemma3_jax.types import IntegersLike, Params, PyTree
@@ -37,6 +37,7 @@ class Options(TypedDict, total=False):
     logits_at: IntegersLike | None
     past: Sequence[Past] | None
     phase: Phase
+    remat: bool
 
 
 @overload
@@ -104,6 +105,7 @@ def forward(
     past: Sequence[Past] | None = None,
     phase: Phase = "prompt",
     return_type: ReturnType = "logits",
+    remat: bool = False,
 ) -> tuple[Output, ActivationCache]:
     """Run the model, and capture and edit activations. Pure: use it in `jit`, `vmap` and `grad`.
 
@@ -157,6 +159,8 @@ def forward(
             document), "both", None, or "embedding": the output of the config's `embedding_head`, in a run that has the
             sites of this head and not those of the unembedding. The mean is over the tokens that `attention_mask`
             marks. The tokens must be those of `HookedGemma3.embed`, with BOS and EOS.
+        remat: for gradients of long or large batches. The backward pass keeps only the residual stream that enters each
+            block, and runs each block again. The result is the same. XLA:CPU undoes this unless layers are scanned.
 
     Returns:
         The result of `return_type`: logits [b, p, V] float32 ([b, n, V] with `logits_at`), loss [] float32,
@@ -193,9 +197,11 @@ def forward(
         past=past,
         phase=phase,
         return_type=return_type,
+        remat=remat,
     )
     check_phases(request)
     warn_of_padding(request)
+    warn_of_constants(params)
     return run(params, request)
 
 
@@ -221,7 +227,7 @@ def run(params: Params, request: Request) -> tuple[PyTree, ActivationCache]:
 
     captures = dict(zip(request.names, request.reductions, strict=True))
     edited = frozenset(request.edits)
-    model = Gemma3(config, watched=edited | frozenset(captures), edited=edited, scan_layers=is_stacked(params))
+    model = Gemma3(config, edited | frozenset(captures), edited, is_stacked(params), request.remat)
     # The interceptor is entered here, inside the traced function: see `gemma3_jax.hooks.interception`.
     fields = {"attention_mask": mask, "segment_ids": documents, "phase": request.phase}
     fields |= {} if request.past is None else _keys_of(request.past[0], source)

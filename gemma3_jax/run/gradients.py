@@ -19,7 +19,7 @@ from gemma3_jax.config import Gemma3Config
 from gemma3_jax.hooks.interception import Edit, Hook
 from gemma3_jax.renamed import renamed
 from gemma3_jax.run.forward import run
-from gemma3_jax.run.request import Request, check_phases, new_request, warn_of_padding
+from gemma3_jax.run.request import Request, check_phases, new_request, warn_of_constants, warn_of_padding
 from gemma3_jax.run.selection import Capture, Edits, ReturnType, captured_names
 from gemma3_jax.sites.names import site_names
 from gemma3_jax.sites.table import site
@@ -44,6 +44,7 @@ def grad_at(
     logits_at: IntegersLike | None = None,
     stop_at_layer: int | None = None,
     return_type: Literal["logits", "embedding"] = "logits",
+    remat: bool = False,
 ) -> tuple[jax.Array, ActivationCache]:
     """The value of a metric, the activations at the named sites, and the metric's gradients there. Pure.
 
@@ -68,6 +69,7 @@ def grad_at(
         logits_at: as in `forward`.
         stop_at_layer: as in `forward`; the metric takes the residual stream in place of logits.
         return_type: "embedding" if the metric takes the embeddings [b, n] in place of logits.
+        remat: as in `forward`.
 
     Returns:
         The metric, and a cache of the values at `capture`, whose `.grads` has the gradients.
@@ -101,9 +103,11 @@ def grad_at(
         logits_at=logits_at,
         stop_at_layer=stop_at_layer,
         return_type="loss" if metric is None else return_type,
+        remat=remat,
     )
     check_phases(request)
     warn_of_padding(request)
+    warn_of_constants(params)
     named = differentiable(config, capture, stop_at_layer, return_type)
     seen = captured_names(config, metric_sites, stop_at_layer=stop_at_layer, return_type=return_type)
     return gradients(params, request, metric, named=named, seen=seen)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias, get_args
 
@@ -30,9 +31,11 @@ from gemma3_jax.run.selection import (
     captures,
     placed_edits,
 )
-from gemma3_jax.types import ArrayLike, Integers, IntegersLike
+from gemma3_jax.types import ArrayLike, Integers, IntegersLike, Params
 
 _log = logging.getLogger(__name__)
+
+LARGE = 2**27  # bytes of parameters
 
 # What a run returns: logits or a loss, both, an embedding, or None.
 Output: TypeAlias = jax.Array | tuple[jax.Array, jax.Array] | None
@@ -61,6 +64,7 @@ class Request:
         stop_at_layer: the layer before which the run ends, or None (static).
         return_type: the result of the run (static).
         phase: passed to the edits (static).
+        remat: whether a backward pass computes each block again (static).
     """
 
     source: Integers
@@ -80,6 +84,7 @@ class Request:
     stop_at_layer: int | None = flax.struct.field(pytree_node=False)
     return_type: ReturnType = flax.struct.field(pytree_node=False)
     phase: Phase = flax.struct.field(pytree_node=False)
+    remat: bool = flax.struct.field(pytree_node=False)
 
     @property
     def extent(self) -> Extent:
@@ -117,6 +122,21 @@ def warn_of_padding(request: Request) -> None:
         )
 
 
+def warn_of_constants(params: Params) -> None:
+    """Warn if a function that is being compiled has large parameters as constants, so that its program copies them."""
+    # Outside of a transformation that stages operations, this is an array.
+    if not isinstance(jnp.zeros(()), jax.core.Tracer):
+        return
+    leaves = jax.tree.leaves(params)
+    size = sum(leaf.nbytes for leaf in leaves)
+    if size >= LARGE and not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        warnings.warn(
+            f"the parameters, {size / 1e6:,.0f} MB, are constants of a function that is being compiled, which makes "
+            "several copies; pass them as an argument: jax.jit(lambda params, tokens: forward(config, params, tokens))",
+            stacklevel=3,
+        )
+
+
 def check_phases(request: Request) -> None:
     """Raise ValueError for an edit that is restricted to another phase than that of the run, so that it never acts."""
     for name, edits in request.edits.items():
@@ -142,6 +162,7 @@ def new_request(
     past: Sequence[Past] | None = None,
     phase: Phase = "prompt",
     return_type: ReturnType = "logits",
+    remat: bool = False,
     new: int = 0,
 ) -> Request:
     """Check the arguments of a run, as far as they are known, and return the request.
@@ -195,6 +216,7 @@ def new_request(
         stop_at_layer=stop_at_layer,
         return_type=return_type,
         phase=phase,
+        remat=bool(remat),
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gemma3_jax import Gemma3, HookedGemma3, UnknownSite, forward, grad_at, next_token_loss
+from gemma3_jax.run import request
 from gemma3_jax.sites.table import site
 from tests.helpers.small_model import (
     COPIES,
@@ -305,3 +306,17 @@ def test_looking_changes_nothing(dtype):
     np.testing.assert_array_equal(watched, unwatched)
     edited, _ = forward(config, params, TOKENS, edits={"blocks.0.attn.hook_result": lambda value, hook: value * 1.01})
     assert not np.array_equal(edited, unwatched)  # control
+
+
+def test_large_parameters_as_constants(monkeypatch):
+    """A closure over parameters takes gigabytes to compile: a warning says what to write. The control is that."""
+    config, params = small()
+    monkeypatch.setattr(request, "LARGE", 1)
+    stop = {"stop_at_layer": 1}
+    with pytest.warns(UserWarning, match=r"are constants of a function .* pass them as an argument"):
+        jax.make_jaxpr(lambda tokens: forward(config, params, tokens, **stop)[0])(TOKENS)
+    with pytest.warns(UserWarning, match="are constants"):
+        jax.make_jaxpr(lambda tokens: grad_at(config, params, tokens, "embed.hook_out", jnp.sum, **stop)[0])(TOKENS)
+    jax.make_jaxpr(lambda params, tokens: forward(config, params, tokens, **stop)[0])(params, TOKENS)
+    jax.vmap(lambda tokens: forward(config, params, tokens[None], stop_at_layer=0)[0])(TOKENS)
+    jax.grad(lambda x: forward(config, params, inputs_embeds=x, stop_at_layer=0)[0].sum())(jnp.ones((1, 3, 48)))
