@@ -10,17 +10,21 @@ Heatmaps('Activation patching')
 Traceback (most recent call last):
 ValueError: patching.jpg: a picture is saved as .html or .png
 
-Plotly draws heatmaps in HTML, with zoom and the value of each cell on hover. Matplotlib draws them in PNG.
+HTML is SVG, with the value of each cell under the mouse, or running text; matplotlib draws the PNG. Every script that
+Gemma writes is legible where the browser, or the machine that draws the PNG, has fonts for it.
 """
 
-from gemma3_jax.pictures.analyses import attention_patterns, logit_lens_table, patching_heatmap, token_values
+from gemma3_jax.pictures.analyses import attention_patterns, logit_lens_table, patching_heatmap
 from gemma3_jax.pictures.heatmaps import Heatmaps
+from gemma3_jax.pictures.texts import feature_on_texts, generated_values, token_values
 from gemma3_jax.pictures.token_flow import TokenFlow
 
 __all__ = [
     "Heatmaps",
     "TokenFlow",
     "attention_patterns",
+    "feature_on_texts",
+    "generated_values",
     "logit_lens_table",
     "patching_heatmap",
     "token_values",

@@ -52,11 +52,23 @@ class Panels:
             raise ValueError("there is nothing to draw; name at least one head")
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Passage:
+    """The tokens of a text, each with its value [p] float32, NaN where there is no value; None if none has one."""
+
+    heading: str
+    tokens: list[str]
+    values: np.ndarray | None
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Tokens:
-    """The tokens of a text, each with its value [p] float32, NaN where there is no value."""
+    """Passages, one below the other, on one scale."""
 
     title: str
-    tokens: list[str]
-    values: np.ndarray
+    passages: list[Passage]
     scale: Scale
+
+    def __post_init__(self) -> None:
+        if not self.passages:
+            raise ValueError("there is nothing to draw; pass at least one text")

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import os
+import re
 import shutil
 
 import matplotlib
@@ -57,7 +58,9 @@ _TEXTS = """() => {
     }
     return seen;
 }"""
-_PANELS = """() => [...document.querySelectorAll('.hm image')].map(
+# The colour bar is drawn first.
+_TIP = "[data-tips] > div:not([hidden])"
+_PANELS = """() => [...document.querySelectorAll('image')].slice(1).map(
     image => { const box = image.getBoundingClientRect(); return [box.x, box.y, box.width, box.height]; })"""
 
 
@@ -77,10 +80,9 @@ def look(browser):
             page.goto(own)
         else:
             page.set_content(source)
-        inside = page.frames[-1]  # of a notebook's cell, the frame
-        inside.wait_for_load_state("load")
+        page.wait_for_load_state("load")
         pixels = np.asarray(Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB"))
-        return View(page, problems, inside.evaluate(_TEXTS), inside.evaluate(_PANELS), pixels)
+        return View(page, problems, page.evaluate(_TEXTS), page.evaluate(_PANELS), pixels)
 
     yield open_
     context.close()
@@ -174,8 +176,7 @@ def test_the_mouse_tells_a_cell(name, told, view_of):
     picture, view = HEATMAPS[name], view_of(name)
     left, top, width, height = view.panels[0]
     view.page.mouse.move(left + 1.5 * width / len(WORDS), top + 5.5 * height / 18)
-    view.page.wait_for_selector(".hoverlayer text")
-    shown = " ".join(view.page.evaluate("[...document.querySelectorAll('.hoverlayer tspan')].map(e => e.textContent)"))
+    shown = view.page.inner_text(_TIP)
     assert "5 global" in shown
     assert "1 ba" in shown
     panel = picture.panels[0]
@@ -216,17 +217,45 @@ def test_a_long_text_wraps(look, tmp_path):
     assert Image.open(io.BytesIO(picture.to_png())).size[0] <= 920 * SHARPNESS
 
 
-@pytest.mark.parametrize("name", ["patching", "tokens"])
+def test_a_notebook_of_ten_pictures(look):
+    """Ten heatmaps are outputs of one page: each is drawn and tells its cells, and together they are small."""
+    outputs = [HEATMAPS["patching"]._repr_html_() for _ in range(10)]
+    assert sum(map(len, outputs)) < 500_000
+    view = look("<!doctype html><body>" + "".join(f"<div class=output>{output}</div>" for output in outputs))
+    assert view.problems == []
+    [box] = arrange(HEATMAPS["patching"]).panels
+    images = view.page.query_selector_all("img")
+    corners = [image.bounding_box() for image in images]
+    for image, corner in zip(images, corners, strict=True):
+        assert_drawn(HEATMAPS["patching"], view.pixels, [box.shifted(corner["x"], corner["y"])])
+        image.scroll_into_view_if_needed()
+        at = image.bounding_box()
+        view.page.mouse.move(at["x"] + box.left + 2, at["y"] + box.top + 2)
+        assert "0 <bos>" in view.page.inner_text(_TIP)
+
+
+def test_a_picture_survives_an_untrusted_notebook(look):
+    """JupyterLab drops attributes that run, and elements other than images: the picture is still drawn."""
+    output = HEATMAPS["patching"]._repr_html_()
+    assert {"<svg", "<script", "<iframe", "<style"} & set(re.findall("<[a-z]+", output)) == set()
+    view = look("<!doctype html><body>" + re.sub(r" (data-\w+='[^']*'|on\w+=\"[^\"]*\")", "", output))
+    assert "onpointermove" not in view.page.content()
+    image = view.page.query_selector("img").bounding_box()
+    boxes = [box.shifted(image["x"], image["y"]) for box in arrange(HEATMAPS["patching"]).panels]
+    assert_drawn(HEATMAPS["patching"], view.pixels, boxes)
+
+
+@pytest.mark.parametrize("name", HEATMAPS)
 def test_a_notebook_shows_it_without_network(name, look):
-    """`_repr_html_`, as an output of a saved notebook: nothing is loaded, whatever other outputs there are."""
-    flow = pictures.token_values(WORDS, range(6))
-    picture = flow if name == "tokens" else HEATMAPS[name]
-    view = look(f"<!doctype html><body><div class=output>{picture._repr_html_()}</div></body>")
-    assert [problem for problem in view.problems if "about:srcdoc" not in problem] == []
-    assert (labels(picture) if name == "patching" else set(map(visible, WORDS))) <= view.texts.keys()
-    if name == "patching":
-        # Texts and panels are measured inside of the frame.
-        frame = view.page.query_selector("iframe").bounding_box()
-        left, top, width, height = view.panels[0]
-        assert_drawn(picture, view.pixels, [(left + frame["x"], top + frame["y"], width, height)])
-        assert frame["height"] >= arrange(picture).height
+    """`_repr_html_`, as an output of a saved notebook: the picture of the page, and nothing is loaded."""
+    picture = HEATMAPS[name]
+    view = look(f"<!doctype html><body style='margin:0'>{picture._repr_html_()}</body>")
+    assert view.problems == []
+    assert_drawn(picture, view.pixels, arrange(picture).panels)
+
+
+def test_a_notebook_shows_tokens(look):
+    """The text is in the page."""
+    view = look(f"<!doctype html><body>{pictures.token_values(WORDS, range(6))._repr_html_()}</body>")
+    assert view.problems == []
+    assert set(map(visible, WORDS)) <= view.texts.keys()

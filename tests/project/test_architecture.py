@@ -78,7 +78,6 @@ ROOMS = {
 ONLY_IN = {
     "torch": ["parity"],
     "matplotlib": ["pictures"],
-    "plotly": ["pictures"],
     "typer": ["cli"],
     "gguf": ["conversion"],
 }
