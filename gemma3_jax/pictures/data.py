@@ -51,6 +51,10 @@ class Panels:
         if not self.panels:
             raise ValueError("there is nothing to draw; name at least one head")
 
+    def every_value(self) -> np.ndarray:
+        """[n], the values of all panels."""
+        return np.concatenate([panel.values.ravel() for panel in self.panels])
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Passage:
@@ -72,3 +76,8 @@ class Tokens:
     def __post_init__(self) -> None:
         if not self.passages:
             raise ValueError("there is nothing to draw; pass at least one text")
+
+    def every_value(self) -> np.ndarray:
+        """[n], the values of all passages."""
+        valued = [passage.values for passage in self.passages if passage.values is not None]
+        return np.concatenate([np.zeros(0, np.float32), *valued])

@@ -1,7 +1,6 @@
 """Maps from numbers to colours."""
 
 import dataclasses
-from collections.abc import Iterable
 from types import ModuleType
 
 import numpy as np
@@ -102,19 +101,3 @@ def fitting_scale(label: str, values: np.ndarray, vmin: float | None = None, vma
     if not (np.isfinite(low) and np.isfinite(high) and low < high):
         raise ValueError(f"the colours go from vmin = {low:g} to vmax = {high:g}; pass finite numbers, vmin < vmax")
     return Scale(label, low, high, (bool(np.any(finite < low)), bool(np.any(finite > high))))
-
-
-def common_scale(scales: Iterable[Scale]) -> Scale:
-    """One scale from the lowest end to the highest.
-
-    Raises:
-        ValueError: the scales are of different things.
-    """
-    scales = list(scales)
-    labels = sorted({scale.label for scale in scales})
-    if len(labels) > 1:
-        raise ValueError(f"one scale cannot show {' and '.join(labels)}; pass pictures with the same quantity")
-    low, high = min(scale.low for scale in scales), max(scale.high for scale in scales)
-    beyond = [any(scale.beyond[0] and scale.low == low for scale in scales)]
-    beyond += [any(scale.beyond[1] and scale.high == high for scale in scales)]
-    return Scale(labels[0], low, high, (beyond[0], beyond[1]))

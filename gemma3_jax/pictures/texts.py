@@ -76,7 +76,7 @@ def feature_on_texts(
     passages = [_passage(f"text {i}", *pair) for i, pair in enumerate(zip(texts, values, strict=True))]
     passages.sort(key=_largest, reverse=True)
     headed = [dataclasses.replace(each, heading=f"{each.heading}: at most {_largest(each):.4g}") for each in passages]
-    every = np.concatenate([np.zeros(0, np.float32), *map(numbers, values)])
+    every = np.concatenate([np.zeros(0), *map(numbers, values)])
     return TokenFlow(title, headed, fitting_scale(quantity, every, vmin, vmax))
 
 

@@ -128,6 +128,16 @@ def test_png_is_the_same_picture(name):
         assert edge.min() == 255
 
 
+def test_other_pictures_are_seen_without_network(look, tmp_path):
+    """A map: no error, no message, no request, every name, and what the mouse tells."""
+    view = look(saved(pictures.block_map(), tmp_path))
+    assert view.problems == []
+    assert {"attn.q_norm.hook_normalized", "hook_resid_post", "softmax of the scores"} <= view.texts.keys()
+    x, y, *_ = view.texts["attn.hook_pattern"]
+    view.page.mouse.move(x + 300, y + 2)
+    assert "an edit reaches the layer's attention output" in view.page.inner_text(_TIP)
+
+
 @pytest.mark.parametrize(
     ("html", "problem"),
     [

@@ -26,8 +26,8 @@ SURFACE = {
     "gemma3_jax.generation": "Generation generate",
     "gemma3_jax.placing": "Fit fits make_mesh param_shardings",
     "gemma3_jax.reductions": "At Cast Mean Project TopK TopValues",
-    "gemma3_jax.pictures": "Heatmaps TokenFlow attention_patterns feature_on_texts generated_values logit_lens_table "
-    "patching_heatmap token_values",
+    "gemma3_jax.pictures": "BlockMap Heatmaps ParityPicture SideBySide TokenFlow attention_patterns block_map "
+    "feature_on_texts generated_values logit_lens_table parity_picture patching_heatmap side_by_side token_values",
 }
 MEMBERS = {
     "HookedGemma3": "W_E W_K W_O W_Q W_U W_V W_gate W_in W_out activations attention_mask embed encode from_hf "
