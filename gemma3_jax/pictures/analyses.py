@@ -11,7 +11,7 @@ from gemma3_jax.pictures.data import Axis, Panel
 from gemma3_jax.pictures.heatmaps import Heatmaps
 from gemma3_jax.pictures.labels import check_index, layer_labels, shortened, token_labels, visible
 from gemma3_jax.pictures.numbers import check_shape, numbers
-from gemma3_jax.pictures.scale import fitting_scale, probability_scale
+from gemma3_jax.pictures.scale import fitting_scale
 
 _POSITIONS = ("position", "pos", "query", "key", "src_pos")
 
@@ -23,17 +23,22 @@ def attention_patterns(
     config: Gemma3Config,
     *,
     title: str = "Attention patterns",
+    vmin: float = 0.0,
+    vmax: float = 1.0,
 ) -> Heatmaps:
-    """A panel for each head, with queries as rows and keys as columns. White is attention 0, dark blue is 1.
+    """A panel for each head, with queries as rows and keys as columns. White is attention `vmin`, dark blue is `vmax`.
 
     Args:
         patterns: [n, p, k], n heads of one prompt, as in `blocks.*.attn.hook_pattern`; p and k are equal.
         tokens: [p], as `HookedGemma3.to_str_tokens` returns them.
         heads: [n], the layer and head of each pattern.
         config: the model's config; it tells local layers from global ones.
+        vmin: the lowest attention with a colour of its own.
+        vmax: the highest; less than 1 shows what is beside <bos>, which gets most of the attention of many heads.
 
     Raises:
-        ValueError: the shapes do not match, the model has no such layer or head, or a value is outside 0 to 1.
+        ValueError: the shapes do not match, the model has no such layer or head, a value is outside 0 to 1, or vmin is
+            not below vmax.
 
     >>> from gemma3_jax import TINY, HookedGemma3, pictures
     >>> model = HookedGemma3.from_pretrained(TINY)
@@ -54,7 +59,9 @@ def attention_patterns(
     titles = [f"layer {layer}, head {head}" for layer, (_, head) in zip(layers, heads, strict=True)]
     panels = [Panel(*each) for each in zip(titles, values, strict=True)]
     labels = token_labels(tokens)
-    return Heatmaps(title, panels, Axis("query", labels), Axis("key", labels), probability_scale("attention"))
+    return Heatmaps(
+        title, panels, Axis("query", labels), Axis("key", labels), fitting_scale("attention", values, vmin, vmax)
+    )
 
 
 def patching_heatmap(
@@ -134,11 +141,13 @@ def logit_lens_table(
     *,
     layers: Sequence[int | str] | None = None,
     title: str = "Logit lens",
+    vmin: float = 0.0,
+    vmax: float = 1.0,
 ) -> Heatmaps:
     """The model's prediction after each layer (row) at each position (column) (nostalgebraist, 2020).
 
-    Each cell has the likeliest token on the colour of its probability: white is 0, dark blue is 1. In HTML, hovering
-    over a cell shows all its k tokens.
+    Each cell has the likeliest token on the colour of its probability: white is `vmin`, dark blue is `vmax`. In HTML,
+    hovering over a cell shows all its k tokens.
 
     Args:
         top_tokens: [r, p] or [r, p, k], the likeliest first.
@@ -147,9 +156,12 @@ def logit_lens_table(
         config: the model's config; it tells local layers from global ones.
         layers: [r], the rows: layer indices, and strings for rows that are not layers, such as "embed". None: all
             layers.
+        vmin: the lowest probability with a colour of its own.
+        vmax: the highest.
 
     Raises:
-        ValueError: the shapes do not match, the model has no such layer, or a value is outside 0 to 1.
+        ValueError: the shapes do not match, the model has no such layer, a value is outside 0 to 1, or vmin is not
+            below vmax.
 
     >>> from gemma3_jax import Gemma3Config, pictures
     >>> config = Gemma3Config.preset("270m")
@@ -169,7 +181,8 @@ def logit_lens_table(
     texts = [[shortened(visible(cell[0])) for cell in row] for row in words]
     details = [[_ranking(*cell) for cell in zip(*row, strict=True)] for row in zip(words, values, strict=True)]
     panel = Panel("", values[:, :, 0], texts, details)
-    return Heatmaps(title, [panel], rows, Axis("position", token_labels(tokens)), probability_scale("probability"))
+    scale = fitting_scale("probability", values[:, :, 0], vmin, vmax)
+    return Heatmaps(title, [panel], rows, Axis("position", token_labels(tokens)), scale)
 
 
 def _axis_labels(

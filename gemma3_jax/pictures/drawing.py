@@ -81,12 +81,16 @@ class Grid(NamedTuple):
 
 
 class Tips(NamedTuple):
-    """A box with cells of equal size, and what HTML shows over one: the text of its row, of its column and its own."""
+    """A box with cells of equal size, and what HTML shows over one: the text of its row, of its column and its own.
+
+    `name` stands before the text of every cell.
+    """
 
     box: Box
     rows: list[str]
     columns: list[str]
     cells: list[list[str]]  # [r, c]
+    name: str = ""
 
     def shifted(self, x: float, y: float) -> "Tips":
         """The box, moved to the right and down."""

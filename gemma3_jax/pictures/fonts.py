@@ -5,12 +5,14 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
 from gemma3_jax.extras import needs_extra
-from gemma3_jax.pictures.labels import escaped, shortened
 
 with needs_extra("plots", "pictures need"):
     from matplotlib.font_manager import findfont, findSystemFonts, fontManager, get_font
 
+_BOX = "\u25a1"
 PLAIN, MONOSPACED = "DejaVu Sans", "DejaVu Sans Mono"  # they come with matplotlib
 _REMEDY = (
     "install fonts that have them (Debian: apt-get install fonts-noto-core fonts-noto-cjk fonts-symbola; "
@@ -25,12 +27,8 @@ def families(texts: Iterable[str], first: str) -> list[str]:
 
 
 def drawable(text: str) -> str:
-    """`text` with Python's escapes for characters that no font has, then cut to the length of a label.
-
-    Texts without such characters are not cut.
-    """
-    shown = "".join(c if _family_with(c) else escaped(c) for c in text)
-    return text if shown == text else shortened(shown)
+    """`text` with an empty box for each character that no font has."""
+    return "".join(c if _family_with(c) else _BOX for c in text)
 
 
 def warn_of_missing(texts: Iterable[str]) -> None:
@@ -38,7 +36,7 @@ def warn_of_missing(texts: Iterable[str]) -> None:
     missing = "".join(c for c in sorted(set().union(*texts)) if not _family_with(c))
     if missing:
         some = missing if len(missing) <= 8 else f"{missing[:8]} and {len(missing) - 8} more"
-        message = f"no font on this machine has the characters {some}; the PNG shows escapes. To see them, {_REMEDY}"
+        message = f"no font on this machine has the characters {some}; the PNG shows boxes. To see them, {_REMEDY}"
         warnings.warn(message, UserWarning, stacklevel=2)
 
 
@@ -68,17 +66,15 @@ def _rank(stem: str) -> tuple[bool, bool, bool]:
     return not stem.startswith("NotoSans"), not stem.startswith("Noto"), not stem.endswith("Regular")
 
 
-@functools.cache
 def _has(file: str, character: str) -> bool:
-    characters = _characters(file)
-    return ord(character) in characters
+    return ord(character) in _characters(file)
 
 
 @functools.cache
-def _characters(file: str) -> frozenset[int]:
-    """What a font has; nothing if matplotlib cannot draw it, as with bitmaps of coloured emoji."""
+def _characters(file: str) -> np.ndarray:
+    """The code points of a font; none if matplotlib cannot draw it, as with bitmaps of coloured emoji."""
     try:
         font = get_font(file)
     except (OSError, RuntimeError):
-        return frozenset()
-    return frozenset(font.get_charmap()) if font.scalable else frozenset()
+        return np.zeros(0, np.uint32)
+    return np.array(list(font.get_charmap()) if font.scalable else [], np.uint32)

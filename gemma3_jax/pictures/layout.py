@@ -117,8 +117,9 @@ def _draw_panel(drawing: Drawing, heatmaps: Panels, panel: Panel, box: Box) -> N
     scale, rows, columns = heatmaps.scale, heatmaps.rows, heatmaps.columns
     drawing.grids.append(Grid(box, scale.colours(panel.values)))
     drawing.areas.append(Area(box, edge=BLACK))
-    cells = panel.details or [[_told(scale.label, value) for value in row] for row in panel.values.tolist()]
-    drawing.tips.append(Tips(box, _named(rows), _named(columns), cells))
+    cells = panel.details or [[_told(value) for value in row] for row in panel.values.tolist()]
+    name = "" if panel.details else f"{printable(scale.label)} "
+    drawing.tips.append(Tips(box, _named(rows), _named(columns), cells, name))
     across, down = box.width / len(columns.labels), box.height / len(rows.labels)
     for r, row in enumerate(panel.texts or []):
         for c, text in enumerate(row):
@@ -126,8 +127,8 @@ def _draw_panel(drawing: Drawing, heatmaps: Panels, panel: Panel, box: Box) -> N
             drawing.texts.append(Text(text, x, y, TICK_SIZE, monospaced=True, colour=scale.ink(panel.values[r, c])))
 
 
-def _told(name: str, value: float) -> str:
-    return "no value" if np.isnan(value) else f"{printable(name)} {value:.4g}"
+def _told(value: float) -> str:
+    return "has no value" if np.isnan(value) else f"{value:.4g}"
 
 
 def _named(axis: Axis) -> list[str]:

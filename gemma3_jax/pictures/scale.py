@@ -79,11 +79,6 @@ def _matplotlib() -> ModuleType:
     return matplotlib
 
 
-def probability_scale(label: str) -> Scale:
-    """White to blue from 0 to 1."""
-    return Scale(label, 0.0, 1.0)
-
-
 def fitting_scale(label: str, values: np.ndarray, vmin: float | None = None, vmax: float | None = None) -> Scale:
     """The scale of some values, from `vmin` to `vmax`.
 

@@ -27,9 +27,9 @@ const p = this.firstElementChild.getBoundingClientRect(), box = this.getBounding
 const tip = this.lastElementChild, grids = this.grids ??= JSON.parse(this.dataset.tips);
 const x = (event.clientX - p.left) / p.width, y = (event.clientY - p.top) / p.height;
 let text = '';
-for (const [left, top, width, height, rows, columns, cells] of grids) {
+for (const [left, top, width, height, rows, columns, cells, name] of grids) {
 const r = Math.floor((y - top) / height * rows.length), c = Math.floor((x - left) / width * columns.length);
-if (r in cells && c in cells[r]) text = [rows[r], columns[c], cells[r][c]].filter(Boolean).join('\\n');
+if (r in cells && c in cells[r]) text = [rows[r], columns[c], name + cells[r][c]].filter(Boolean).join('\\n');
 }
 tip.textContent = text;
 tip.hidden = !text;
@@ -86,7 +86,7 @@ def _with_tips(drawing: Drawing, picture: str) -> str:
 def _fractions(tips: Tips, drawing: Drawing) -> list[object]:
     left, top, width, height = tips.box
     sides = left / drawing.width, top / drawing.height, width / drawing.width, height / drawing.height
-    return [*(round(side, 6) for side in sides), tips.rows, tips.columns, tips.cells]
+    return [*(round(side, 6) for side in sides), tips.rows, tips.columns, tips.cells, tips.name]
 
 
 def _area(area: Area) -> str:

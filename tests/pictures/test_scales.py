@@ -54,6 +54,18 @@ def test_vmin_and_vmax_set_the_ends():
     assert from_five.scale.colour(5) == WHITE
 
 
+def test_faint_attention_is_made_visible():
+    """With a vmax, what is beside the first token has colours; what is above has the darkest one."""
+    faint = pictures.attention_patterns([[[1, 0], [0.9, 0.1]]], ["<bos>", "ba"], [(0, 0)], CONFIG, vmax=0.2)
+    assert list(faint.scale.ticks().values())[-1] == "≥ 0.2"
+    assert faint.scale.colour(0.9) == faint.scale.colour(0.2)
+    plain = pictures.attention_patterns([[[1, 0], [0.9, 0.1]]], ["<bos>", "ba"], [(0, 0)], CONFIG)
+    assert plain.scale.ink(0.1) == faint.scale.ink(0.05) == "#000000"
+    assert plain.scale.colours(np.array([0.1])).sum() > faint.scale.colours(np.array([0.1])).sum()
+    lens = pictures.logit_lens_table([["a"]], [[0.5]], ["x"], CONFIG, layers=[0], vmax=0.25)
+    assert lens.scale.beyond == (False, True)
+
+
 def test_zero_stays_white():
     """Ends at different distances from 0 do not move it: equal distances are equally dark."""
     scale = fitting_scale("", np.array([-1.0, 3.0]), vmin=-1, vmax=3)

@@ -19,7 +19,7 @@ SCRIPTS = ["北京是中国的首都", "สวัสดีชาวโลก", "
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
     """A machine without fonts; the function installs one whose only glyph is a black square."""
-    caches = fonts._family_with, fonts._installed, fonts._has, fonts._characters
+    caches = fonts._family_with, fonts._installed, fonts._characters
     files = []
     monkeypatch.setattr(fonts, "findSystemFonts", lambda: [str(file) for file in files])
 
@@ -58,9 +58,9 @@ def test_a_font_of_the_machine_is_used(machine):
     """What matplotlib's fonts lack is drawn with one that has it, also if that was installed a moment ago."""
     picture = pictures.token_values(["北"] * 3, [0.0] * 3, title="")
     with pytest.warns(UserWarning, match=r"no font on this machine has the characters 北;.*fonts-noto-cjk.*\.html"):
-        escapes = ink(picture)
+        boxes = ink(picture)
     machine("北")
-    assert ink(picture) > escapes + 3 * 100
+    assert ink(picture) > boxes + 3 * 100
 
 
 def test_what_has_a_font_does_not_warn(machine):
