@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma3_jax.extras import needs_extra
+from gemma3_jax.pictures.labels import width
 
 with needs_extra("plots", "pictures need"):
     from matplotlib.font_manager import findfont, findSystemFonts, fontManager, get_font
@@ -27,8 +28,8 @@ def families(texts: Iterable[str], first: str) -> list[str]:
 
 
 def drawable(text: str) -> str:
-    """`text` with an empty box for each character that no font has."""
-    return "".join(c if _family_with(c) else _BOX for c in text)
+    """`text` with an empty box for each letter that no font has."""
+    return "".join(c if _family_with(c) else _BOX if width(c) else "" for c in text)
 
 
 def warn_of_missing(texts: Iterable[str]) -> None:
