@@ -21,8 +21,15 @@ with needs_extra("plots", "pictures need"):
     from matplotlib.image import imsave
 
 _FAMILIES = "DejaVu Sans, Verdana, sans-serif", "DejaVu Sans Mono, Menlo, Consolas, monospace"
+# The style is set with the text, so that an untrusted notebook, which drops "hidden", has no empty frame.
+_TIP_STYLE = (
+    "position:absolute;left:0;top:0;padding:3px 6px;background:#fff;color:#000;border:1px solid #888;"
+    "font:12px/1.4 monospace;white-space:pre;pointer-events:none"
+)
 # Finds the cell below the mouse by the fractions of the picture's sides, and shows its text beside the mouse.
-_TELL = """
+_TELL = (
+    f"""const style = '{_TIP_STYLE}';"""
+    + """
 const p = this.firstElementChild.getBoundingClientRect(), box = this.getBoundingClientRect();
 const tip = this.lastElementChild, grids = this.grids ??= JSON.parse(this.dataset.tips);
 const x = (event.clientX - p.left) / p.width, y = (event.clientY - p.top) / p.height;
@@ -33,14 +40,12 @@ if (r in cells && c in cells[r]) text = [rows[r], columns[c], name + cells[r][c]
 }
 tip.textContent = text;
 tip.hidden = !text;
+tip.style.cssText = style;
 tip.style.left = event.clientX - box.left + this.scrollLeft + 'px';
 tip.style.top = event.clientY - box.top + 'px';
 tip.style.transform = (x > 0.5 ? 'translateX(calc(-100% - 12px))' : 'translateX(12px)')
 + (y > 0.5 ? ' translateY(-100%)' : '');
 """.replace("\n", " ")
-_TIP_STYLE = (
-    "position:absolute;left:0;top:0;padding:3px 6px;background:#fff;color:#000;border:1px solid #888;"
-    "font:12px/1.4 monospace;white-space:pre;pointer-events:none"
 )
 
 
@@ -79,7 +84,7 @@ def _with_tips(drawing: Drawing, picture: str) -> str:
     return (
         f"<div style=\"position:relative;overflow-x:auto;background:#fff;color:#000\" data-tips='{data}' "
         f'onpointermove="{html.escape(_TELL, quote=False)}" onpointerleave="this.lastElementChild.hidden = true">'
-        f'{picture}<div hidden style="{_TIP_STYLE}"></div></div>'
+        f"{picture}<div hidden></div></div>"
     )
 
 
