@@ -9,9 +9,9 @@ from numpy.typing import ArrayLike
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.pictures.data import Axis, Panel
 from gemma3_jax.pictures.heatmaps import Heatmaps
-from gemma3_jax.pictures.labels import check_index, check_tokens, layer_labels, shortened, token_labels, visible
-from gemma3_jax.pictures.scale import fitting_scale, probability_scale, signed_scale
-from gemma3_jax.pictures.token_flow import TokenFlow
+from gemma3_jax.pictures.labels import check_index, layer_labels, shortened, token_labels, visible
+from gemma3_jax.pictures.numbers import check_shape, numbers
+from gemma3_jax.pictures.scale import fitting_scale
 
 _POSITIONS = ("position", "pos", "query", "key", "src_pos")
 
@@ -23,17 +23,22 @@ def attention_patterns(
     config: Gemma3Config,
     *,
     title: str = "Attention patterns",
+    vmin: float = 0.0,
+    vmax: float = 1.0,
 ) -> Heatmaps:
-    """A panel for each head, with queries as rows and keys as columns. White is attention 0, dark blue is 1.
+    """A panel for each head, with queries as rows and keys as columns. White is attention `vmin`, dark blue is `vmax`.
 
     Args:
         patterns: [n, p, k], n heads of one prompt, as in `blocks.*.attn.hook_pattern`; p and k are equal.
         tokens: [p], as `HookedGemma3.to_str_tokens` returns them.
         heads: [n], the layer and head of each pattern.
         config: the model's config; it tells local layers from global ones.
+        vmin: the lowest attention with a colour of its own.
+        vmax: the highest; less than 1 shows what is beside <bos>, which gets most of the attention of many heads.
 
     Raises:
-        ValueError: the shapes do not match, the model has no such layer or head, or a value is outside 0 to 1.
+        ValueError: the shapes do not match, the model has no such layer or head, a value is outside 0 to 1, or vmin is
+            not below vmax.
 
     >>> from gemma3_jax import TINY, HookedGemma3, pictures
     >>> model = HookedGemma3.from_pretrained(TINY)
@@ -44,9 +49,9 @@ def attention_patterns(
     >>> picture.panels[1].title
     'layer 1 global, head 1'
     """
-    values = _numbers(patterns)
+    values = numbers(patterns)
     n, p = len(heads), len(tokens)
-    _check_shape("patterns", values.shape, (n, p, p), f"{n} heads and {p} tokens")
+    check_shape("patterns", values.shape, (n, p, p), f"{n} heads and {p} tokens")
     _check_probabilities("patterns", patterns, "; patching_heatmap draws others, with axes='head query key'")
     for _, head in heads:
         check_index("head", head, config.num_attention_heads)
@@ -54,7 +59,9 @@ def attention_patterns(
     titles = [f"layer {layer}, head {head}" for layer, (_, head) in zip(layers, heads, strict=True)]
     panels = [Panel(*each) for each in zip(titles, values, strict=True)]
     labels = token_labels(tokens)
-    return Heatmaps(title, panels, Axis("query", labels), Axis("key", labels), probability_scale("attention"))
+    return Heatmaps(
+        title, panels, Axis("query", labels), Axis("key", labels), fitting_scale("attention", values, vmin, vmax)
+    )
 
 
 def patching_heatmap(
@@ -64,8 +71,11 @@ def patching_heatmap(
     *,
     axes: str | Sequence[str] = "layer position",
     labels: Mapping[str, Sequence[int | str]] | None = None,
+    names: Mapping[str, str] | None = None,
     title: str = "Activation patching",
     quantity: str = "effect",
+    vmin: float | None = None,
+    vmax: float | None = None,
 ) -> Heatmaps:
     """The effect of a patch, an ablation or an attribution by layer, position, head...: red < 0, white 0, blue > 0.
 
@@ -80,10 +90,14 @@ def patching_heatmap(
             or a name that `labels` has.
         labels: labels for axes that do not have all layers, heads or tokens. A number is an index of a layer, head or
             token, and a string is a label: `{"layer": [4, 5], "site": ["resid_pre", "attn_out", "mlp_out"]}`.
+        names: names of axes in the picture, where they are not those of `axes`: `{"position": "corrupted token"}`.
         quantity: name of the values, for the colour bar.
+        vmin: the lowest value with a colour of its own; None: the negative of the largest magnitude, or 0 if no value
+            is negative.
+        vmax: the highest value with a colour of its own.
 
     Raises:
-        ValueError: the shapes, axes and labels do not match.
+        ValueError: the shapes, axes and labels do not match, or vmin is not below vmax.
 
     >>> import numpy as np
     >>> from gemma3_jax import Gemma3Config, pictures
@@ -94,18 +108,20 @@ def patching_heatmap(
     Traceback (most recent call last):
     ValueError: values have 3 entries along axis 'position', which has 2 labels; ...
     """
-    array, labels = _numbers(values), dict(labels or {})
-    names = axes.split() if isinstance(axes, str) else list(axes)
-    if len(names) != array.ndim or len(names) < 2:
+    array, labels, shown = numbers(values), dict(labels or {}), dict(names or {})
+    every = axes.split() if isinstance(axes, str) else list(axes)
+    if len(every) != array.ndim or len(every) < 2:
         raise ValueError(
-            f"values have shape {array.shape}, but axes {axes!r} names {len(names)}; name each axis, and at least two"
+            f"values have shape {array.shape}, but axes {axes!r} names {len(every)}; name each axis, and at least two"
         )
-    stray = sorted(set(labels) - set(names))
-    if stray:
-        raise ValueError(f"labels has {', '.join(stray)}, which axes {axes!r} does not have; add it or drop its labels")
+    for argument, mapping in (("labels", labels), ("names", shown)):
+        if stray := sorted(set(mapping) - set(every)):
+            raise ValueError(
+                f"{argument} has {', '.join(stray)}, which axes {axes!r} does not have; add it or drop its {argument}"
+            )
     named = [
-        Axis(name, _axis_labels(name, size, config, tokens, labels.get(name)))
-        for name, size in zip(names, array.shape, strict=True)
+        Axis(shown.get(name, name), _axis_labels(name, size, config, tokens, labels.get(name)))
+        for name, size in zip(every, array.shape, strict=True)
     ]
     *outer, rows, columns = named
     titles = [
@@ -114,7 +130,7 @@ def patching_heatmap(
     ]
     # [..., r, c] -> [n, r, c]
     panels = [Panel(*each) for each in zip(titles, array.reshape(-1, *array.shape[-2:]), strict=True)]
-    return Heatmaps(title, panels, rows, columns, signed_scale(quantity, array))
+    return Heatmaps(title, panels, rows, columns, fitting_scale(quantity, array, vmin, vmax))
 
 
 def logit_lens_table(
@@ -125,11 +141,13 @@ def logit_lens_table(
     *,
     layers: Sequence[int | str] | None = None,
     title: str = "Logit lens",
+    vmin: float = 0.0,
+    vmax: float = 1.0,
 ) -> Heatmaps:
     """The model's prediction after each layer (row) at each position (column) (nostalgebraist, 2020).
 
-    Each cell has the likeliest token on the colour of its probability: white is 0, dark blue is 1. In HTML, hovering
-    over a cell shows all its k tokens.
+    Each cell has the likeliest token on the colour of its probability: white is `vmin`, dark blue is `vmax`. In HTML,
+    hovering over a cell shows all its k tokens.
 
     Args:
         top_tokens: [r, p] or [r, p, k], the likeliest first.
@@ -138,9 +156,12 @@ def logit_lens_table(
         config: the model's config; it tells local layers from global ones.
         layers: [r], the rows: layer indices, and strings for rows that are not layers, such as "embed". None: all
             layers.
+        vmin: the lowest probability with a colour of its own.
+        vmax: the highest.
 
     Raises:
-        ValueError: the shapes do not match, the model has no such layer, or a value is outside 0 to 1.
+        ValueError: the shapes do not match, the model has no such layer, a value is outside 0 to 1, or vmin is not
+            below vmax.
 
     >>> from gemma3_jax import Gemma3Config, pictures
     >>> config = Gemma3Config.preset("270m")
@@ -149,42 +170,19 @@ def logit_lens_table(
     ([['mu', 'ti']], ['17 global'])
     """
     rows = Axis("layer", layer_labels(config, layers))
-    words, values = np.array(top_tokens, dtype=object), _numbers(probabilities)
+    words, values = np.array(top_tokens, dtype=object), numbers(probabilities)
     k = words.shape[2:3]
     expected = (len(rows.labels), len(tokens), *k)
     for name, shape in (("top_tokens", words.shape), ("probabilities", values.shape)):
-        _check_shape(name, shape, expected, f"{len(rows.labels)} layers and {len(tokens)} tokens")
+        check_shape(name, shape, expected, f"{len(rows.labels)} layers and {len(tokens)} tokens")
     _check_probabilities("probabilities", probabilities)
     # [r, p] or [r, p, k] -> [r, p, k]
     words, values = words.reshape(*expected[:2], -1), values.reshape(*expected[:2], -1)
     texts = [[shortened(visible(cell[0])) for cell in row] for row in words]
     details = [[_ranking(*cell) for cell in zip(*row, strict=True)] for row in zip(words, values, strict=True)]
     panel = Panel("", values[:, :, 0], texts, details)
-    return Heatmaps(title, [panel], rows, Axis("position", token_labels(tokens)), probability_scale("probability"))
-
-
-def token_values(
-    tokens: Sequence[str], values: ArrayLike, *, title: str = "Values of tokens", quantity: str = "value"
-) -> TokenFlow:
-    """A text with each token coloured by its value: a loss, a feature's activation, an attribution.
-
-    White is 0, blue is above 0 and red is below 0. Values that are not finite are grey.
-
-    Args:
-        tokens: [p].
-        values: [p].
-        quantity: name of the values, for the colour bar.
-
-    Raises:
-        ValueError: the number of values is not the number of tokens.
-
-    >>> from gemma3_jax import pictures
-    >>> pictures.token_values(["ba", "ke"], [0.5, -1.0], title="Loss by token")
-    TokenFlow('Loss by token')
-    """
-    array = _numbers(values)
-    _check_shape("values", array.shape, (len(tokens),), f"{len(tokens)} tokens")
-    return TokenFlow(title, check_tokens(tokens), array, fitting_scale(quantity, array))
+    scale = fitting_scale("probability", values[:, :, 0], vmin, vmax)
+    return Heatmaps(title, [panel], rows, Axis("position", token_labels(tokens)), scale)
 
 
 def _axis_labels(
@@ -232,17 +230,6 @@ def _pick(name: str, every: list[str] | None, item: int) -> str:
 
 def _ranking(words: np.ndarray, values: np.ndarray) -> str:
     return "\n".join(f"{visible(word)} {value:.3f}" for word, value in zip(words, values, strict=True))
-
-
-def _numbers(values: ArrayLike) -> np.ndarray:
-    """The values in float32, with NaN for values that are not finite."""
-    array = np.asarray(values, np.float32)
-    return np.where(np.isfinite(array), array, np.float32(np.nan))
-
-
-def _check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...], reason: str) -> None:
-    if shape != expected:
-        raise ValueError(f"{name} has shape {shape}; {reason} need {expected}")
 
 
 def _check_probabilities(name: str, values: ArrayLike, remedy: str = "") -> None:

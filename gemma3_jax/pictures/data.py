@@ -51,12 +51,33 @@ class Panels:
         if not self.panels:
             raise ValueError("there is nothing to draw; name at least one head")
 
+    def every_value(self) -> np.ndarray:
+        """[n], the values of all panels."""
+        return np.concatenate([panel.values.ravel() for panel in self.panels])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Passage:
+    """The tokens of a text, each with its value [p] float32, NaN where there is no value; None if none has one."""
+
+    heading: str
+    tokens: list[str]
+    values: np.ndarray | None
+
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Tokens:
-    """The tokens of a text, each with its value [p] float32, NaN where there is no value."""
+    """Passages, one below the other, on one scale."""
 
     title: str
-    tokens: list[str]
-    values: np.ndarray
+    passages: list[Passage]
     scale: Scale
+
+    def __post_init__(self) -> None:
+        if not self.passages:
+            raise ValueError("there is nothing to draw; pass at least one text")
+
+    def every_value(self) -> np.ndarray:
+        """[n], the values of all passages."""
+        valued = [passage.values for passage in self.passages if passage.values is not None]
+        return np.concatenate([np.zeros(0, np.float32), *valued])

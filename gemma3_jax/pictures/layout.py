@@ -2,43 +2,30 @@
 
 import dataclasses
 import math
-import textwrap
-from typing import NamedTuple
 
 import numpy as np
 
-from gemma3_jax.pictures.data import Panels
-from gemma3_jax.pictures.labels import width
+from gemma3_jax.pictures.data import Axis, Panel, Panels
+from gemma3_jax.pictures.drawing import (
+    BLACK,
+    NAME_SIZE,
+    TICK_SIZE,
+    Area,
+    Box,
+    Drawing,
+    Grid,
+    Line,
+    Text,
+    Tips,
+)
+from gemma3_jax.pictures.labels import printable
+from gemma3_jax.pictures.parts import LINE, PAD, check_size, heading, longest, upright_bar
 from gemma3_jax.pictures.scale import GREY_NOTE
 
-TICK_SIZE, NAME_SIZE, TITLE_SIZE = 10, 12, 15  # of fonts
 PITCH = 12  # smallest distance between two tick labels
-_CHARACTER = 0.61  # width / size in a monospaced font; more than the average in a proportional font
-LINE = 1.5  # height / size
-PAD = 12
+_TICK = 3
 _BAR_WIDTH, _BAR_LENGTH, _BAR_ROOM = 14, 200, 100
-_ROW_OF_PANELS = 1600
-_LARGEST_SIDE = 20_000
-LINE_WIDTH = 900  # width of a line of tokens
-
-
-class Box(NamedTuple):
-    """A rectangle."""
-
-    left: float
-    top: float
-    width: float
-    height: float
-
-
-class Text(NamedTuple):
-    """A text centred at (`x`, `y`); with `upward`, it is rotated to be read upward."""
-
-    text: str
-    x: float
-    y: float
-    size: int = NAME_SIZE
-    upward: bool = False
+ROW_OF_PANELS = 1600  # width of a screen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +40,19 @@ class Layout:
     turned: bool  # the labels of columns are read upward
 
 
-def text_width(text: str, size: int) -> float:
-    """An upper estimate of the width of a text, in pixels."""
-    return width(text) * size * _CHARACTER
+def draw(heatmaps: Panels) -> Drawing:
+    """The drawing of heatmaps.
+
+    Raises:
+        ValueError: the picture would be too large to draw.
+    """
+    layout = arrange(heatmaps)
+    drawing = Drawing(layout.width, layout.height, texts=list(layout.texts))
+    drawing.add(upright_bar(heatmaps.scale, layout.bar))
+    for panel, box in zip(heatmaps.panels, layout.panels, strict=True):
+        _draw_panel(drawing, heatmaps, panel, box)
+        _draw_ticks(drawing, heatmaps, box, layout.turned)
+    return drawing
 
 
 def arrange(heatmaps: Panels) -> Layout:
@@ -67,14 +64,14 @@ def arrange(heatmaps: Panels) -> Layout:
     rows, columns, panels = heatmaps.rows, heatmaps.columns, heatmaps.panels
     cell_width, cell_height = _cell(heatmaps)
     wide, high = cell_width * len(columns.labels), cell_height * len(rows.labels)
-    label = _longest(columns.labels, TICK_SIZE)
+    label = longest(columns.labels, TICK_SIZE)
     turned = label + 10 > cell_width
     name = NAME_SIZE * LINE
     # Space around each panel: for its title above, for the labels and name of rows on the left, and of columns below.
-    left = _longest(rows.labels, TICK_SIZE) + name + PAD
+    left = longest(rows.labels, TICK_SIZE) + name + PAD
     above = name + 4 if any(panel.title for panel in panels) else PAD
     below = (label if turned else TICK_SIZE * LINE) + name + 2 * PAD
-    slot_width = left + max(wide, _longest([panel.title for panel in panels], NAME_SIZE)) + PAD
+    slot_width = left + max(wide, longest([panel.title for panel in panels], NAME_SIZE)) + PAD
     slot_height = above + high + below
     across = _across(len(panels), slot_width)
     bar_left = across * slot_width + 2 * PAD
@@ -94,30 +91,16 @@ def arrange(heatmaps: Panels) -> Layout:
             Text(rows.name, box.left - left + name / 2, box.top + high / 2, upward=True),
             Text(columns.name, box.left + wide / 2, box.top + high + below - PAD - name / 2),
         ]
-    label_left = bar.left + bar.width + 8 + _longest(heatmaps.scale.tick_labels(), TICK_SIZE)
-    texts.append(Text(heatmaps.scale.label, label_left + name / 2, bar.top + bar.height / 2, upward=True))
     if any(np.isnan(panel.values).any() for panel in panels):
         texts.append(Text(GREY_NOTE, bar.left + 40, bar.top + bar.height + 1.5 * name, TICK_SIZE))
     return Layout(total_width, total_height, boxes, bar, [text for text in texts if text.text], turned)
-
-
-def heading(title: str, width: float) -> tuple[list[Text], float]:
-    """The lines of a title above a picture of that width, and the y coordinate where they end."""
-    high = TITLE_SIZE * LINE
-    lines = textwrap.wrap(title, int((width - 2 * PAD) / text_width("x", TITLE_SIZE)))
-    texts = [Text(line, width / 2, PAD + (i + 0.5) * high, TITLE_SIZE) for i, line in enumerate(lines)]
-    return texts, PAD + len(lines) * high
-
-
-def _longest(texts: list[str], size: int) -> float:
-    return max(text_width(text, size) for text in texts)
 
 
 def _cell(heatmaps: Panels) -> tuple[float, float]:
     """Width and height of a cell: enough for its text, or a square that keeps many panels small."""
     texts = [text for panel in heatmaps.panels for row in panel.texts or [] for text in row]
     if texts:
-        return max(24, _longest(texts, TICK_SIZE) + 8), 20
+        return max(24, longest(texts, TICK_SIZE) + 8), 20
     panels = len(heatmaps.panels)
     largest, side = (24, 128 * PITCH) if panels == 1 else (16, 64 * PITCH) if panels <= 4 else (16, 32 * PITCH)
     square = min(largest, side / max(len(heatmaps.rows.labels), len(heatmaps.columns.labels)))
@@ -126,14 +109,46 @@ def _cell(heatmaps: Panels) -> tuple[float, float]:
 
 def _across(panels: int, slot_width: float) -> int:
     """The number of panels side by side, such that rows are as even as the screen's width allows."""
-    most = max(1, int(_ROW_OF_PANELS / slot_width))
+    most = max(1, int(ROW_OF_PANELS / slot_width))
     return math.ceil(panels / math.ceil(panels / most))
 
 
-def check_size(width: float, height: float) -> None:
-    """Raise a ValueError if a picture would be too large to draw."""
-    if max(width, height) > _LARGEST_SIDE:
-        raise ValueError(
-            f"the picture would be {width:,.0f} x {height:,.0f} pixels; the limit is {_LARGEST_SIDE:,} pixels a side. "
-            "Use fewer heads, layers or positions"
-        )
+def _draw_panel(drawing: Drawing, heatmaps: Panels, panel: Panel, box: Box) -> None:
+    scale, rows, columns = heatmaps.scale, heatmaps.rows, heatmaps.columns
+    drawing.grids.append(Grid(box, scale.colours(panel.values)))
+    drawing.areas.append(Area(box, edge=BLACK))
+    cells = panel.details or [[_told(value) for value in row] for row in panel.values.tolist()]
+    name = "" if panel.details else f"{printable(scale.label)} "
+    drawing.tips.append(Tips(box, _named(rows), _named(columns), cells, name))
+    across, down = box.width / len(columns.labels), box.height / len(rows.labels)
+    for r, row in enumerate(panel.texts or []):
+        for c, text in enumerate(row):
+            x, y = box.left + (c + 0.5) * across, box.top + (r + 0.5) * down
+            drawing.texts.append(Text(text, x, y, TICK_SIZE, monospaced=True, colour=scale.ink(panel.values[r, c])))
+
+
+def _told(value: float) -> str:
+    return "has no value" if np.isnan(value) else f"{value:.4g}"
+
+
+def _named(axis: Axis) -> list[str]:
+    return [f"{printable(axis.name)} {label}" for label in axis.labels]
+
+
+def _draw_ticks(drawing: Drawing, heatmaps: Panels, box: Box, turned: bool) -> None:
+    """A tick and a label for each row and column, or for every second, third... if there is too little space."""
+    bottom = box.top + box.height
+    for label, y in _spread(heatmaps.rows.labels, box.top, box.height):
+        drawing.lines.append(Line(box.left - _TICK, y, box.left, y))
+        drawing.texts.append(Text(label, box.left - 2 * _TICK, y, TICK_SIZE, anchor="end", monospaced=True))
+    for label, x in _spread(heatmaps.columns.labels, box.left, box.width):
+        drawing.lines.append(Line(x, bottom, x, bottom + _TICK))
+        y = bottom + 2 * _TICK + (0 if turned else TICK_SIZE / 2)
+        anchor = "end" if turned else "middle"
+        drawing.texts.append(Text(label, x, y, TICK_SIZE, upward=turned, anchor=anchor, monospaced=True))
+
+
+def _spread(labels: list[str], start: float, length: float) -> list[tuple[str, float]]:
+    """Labels at the middles of equal parts of a length, at least `PITCH` apart."""
+    every = math.ceil(round(PITCH * len(labels) / length, 6))
+    return [(labels[i], start + (i + 0.5) * length / len(labels)) for i in range(0, len(labels), every)]

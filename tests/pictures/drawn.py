@@ -20,7 +20,7 @@ RNG = np.random.default_rng(0)
 EFFECTS = RNG.normal(size=(18, len(WORDS)))
 EFFECTS[15:] = np.nan
 PATTERNS = np.tril(RNG.random((3, len(WORDS), len(WORDS))))
-GREY, TOLERANCE = (0xBD, 0xBD, 0xBD), 6  # of 255: the two libraries interpolate between the same eleven colours
+GREY, TOLERANCE = (0xBD, 0xBD, 0xBD), 6  # of 255
 PROBABILITIES = -np.sort(-RNG.random((18, len(WORDS), 3)))  # the largest first
 BEST = RNG.choice(WORDS, PROBABILITIES.shape).tolist()
 SHARPNESS = 1.5  # pixels of a PNG for one of the browser's

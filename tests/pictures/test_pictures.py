@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import os
+import re
 import shutil
 
 import matplotlib
@@ -57,7 +58,9 @@ _TEXTS = """() => {
     }
     return seen;
 }"""
-_PANELS = """() => [...document.querySelectorAll('.hm image')].map(
+# The colour bar is drawn first.
+_TIP = "[data-tips] > div:not([hidden])"
+_PANELS = """() => [...document.querySelectorAll('image')].slice(1).map(
     image => { const box = image.getBoundingClientRect(); return [box.x, box.y, box.width, box.height]; })"""
 
 
@@ -77,10 +80,9 @@ def look(browser):
             page.goto(own)
         else:
             page.set_content(source)
-        inside = page.frames[-1]  # of a notebook's cell, the frame
-        inside.wait_for_load_state("load")
+        page.wait_for_load_state("load")
         pixels = np.asarray(Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB"))
-        return View(page, problems, inside.evaluate(_TEXTS), inside.evaluate(_PANELS), pixels)
+        return View(page, problems, page.evaluate(_TEXTS), page.evaluate(_PANELS), pixels)
 
     yield open_
     context.close()
@@ -124,6 +126,16 @@ def test_png_is_the_same_picture(name):
             assert beside.min() < 100
     for edge in (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]):
         assert edge.min() == 255
+
+
+def test_other_pictures_are_seen_without_network(look, tmp_path):
+    """A map: no error, no message, no request, every name, and what the mouse tells."""
+    view = look(saved(pictures.block_map(), tmp_path))
+    assert view.problems == []
+    assert {"attn.q_norm.hook_normalized", "hook_resid_post", "softmax of the scores"} <= view.texts.keys()
+    x, y, *_ = view.texts["attn.hook_pattern"]
+    view.page.mouse.move(x + 300, y + 2)
+    assert "an edit reaches the layer's attention output" in view.page.inner_text(_TIP)
 
 
 @pytest.mark.parametrize(
@@ -174,8 +186,7 @@ def test_the_mouse_tells_a_cell(name, told, view_of):
     picture, view = HEATMAPS[name], view_of(name)
     left, top, width, height = view.panels[0]
     view.page.mouse.move(left + 1.5 * width / len(WORDS), top + 5.5 * height / 18)
-    view.page.wait_for_selector(".hoverlayer text")
-    shown = " ".join(view.page.evaluate("[...document.querySelectorAll('.hoverlayer tspan')].map(e => e.textContent)"))
+    shown = view.page.inner_text(_TIP)
     assert "5 global" in shown
     assert "1 ba" in shown
     panel = picture.panels[0]
@@ -216,17 +227,47 @@ def test_a_long_text_wraps(look, tmp_path):
     assert Image.open(io.BytesIO(picture.to_png())).size[0] <= 920 * SHARPNESS
 
 
-@pytest.mark.parametrize("name", ["patching", "tokens"])
+def test_a_notebook_of_ten_pictures(look):
+    """Ten heatmaps are outputs of one page: each is drawn and tells its cells, and together they are small."""
+    outputs = [HEATMAPS["patching"]._repr_html_() for _ in range(10)]
+    assert sum(map(len, outputs)) < 500_000
+    view = look("<!doctype html><body>" + "".join(f"<div class=output>{output}</div>" for output in outputs))
+    assert view.problems == []
+    [box] = arrange(HEATMAPS["patching"]).panels
+    images = view.page.query_selector_all("img")
+    corners = [image.bounding_box() for image in images]
+    for image, corner in zip(images, corners, strict=True):
+        assert_drawn(HEATMAPS["patching"], view.pixels, [box.shifted(corner["x"], corner["y"])])
+        image.scroll_into_view_if_needed()
+        at = image.bounding_box()
+        view.page.mouse.move(at["x"] + box.left + 2, at["y"] + box.top + 2)
+        assert "0 <bos>" in view.page.inner_text(_TIP)
+
+
+def test_a_picture_survives_an_untrusted_notebook(look):
+    """JupyterLab drops attributes that run or hide, and svg: the picture is the same, pixel by pixel."""
+    output = HEATMAPS["patching"]._repr_html_()
+    assert set(re.findall("<[a-z]+", output)) == {"<div", "<img"}
+    attributes = r" (data-[a-z]+='[^']*'|on[a-z]+=\"[^\"]*\"|hidden)(?=[ >])"
+    trusted, untrusted = (look(f"<!doctype html><body>{html}") for html in (output, re.sub(attributes, "", output)))
+    assert re.search("pointer|hidden|data-", untrusted.page.content()) is None
+    np.testing.assert_array_equal(untrusted.pixels, trusted.pixels)
+    box = arrange(HEATMAPS["patching"]).panels[0]
+    corner = untrusted.page.query_selector("img").bounding_box()
+    assert_drawn(HEATMAPS["patching"], untrusted.pixels, [box.shifted(corner["x"], corner["y"])])
+
+
+@pytest.mark.parametrize("name", HEATMAPS)
 def test_a_notebook_shows_it_without_network(name, look):
-    """`_repr_html_`, as an output of a saved notebook: nothing is loaded, whatever other outputs there are."""
-    flow = pictures.token_values(WORDS, range(6))
-    picture = flow if name == "tokens" else HEATMAPS[name]
-    view = look(f"<!doctype html><body><div class=output>{picture._repr_html_()}</div></body>")
-    assert [problem for problem in view.problems if "about:srcdoc" not in problem] == []
-    assert (labels(picture) if name == "patching" else set(map(visible, WORDS))) <= view.texts.keys()
-    if name == "patching":
-        # Texts and panels are measured inside of the frame.
-        frame = view.page.query_selector("iframe").bounding_box()
-        left, top, width, height = view.panels[0]
-        assert_drawn(picture, view.pixels, [(left + frame["x"], top + frame["y"], width, height)])
-        assert frame["height"] >= arrange(picture).height
+    """`_repr_html_`, as an output of a saved notebook: the picture of the page, and nothing is loaded."""
+    picture = HEATMAPS[name]
+    view = look(f"<!doctype html><body style='margin:0'>{picture._repr_html_()}</body>")
+    assert view.problems == []
+    assert_drawn(picture, view.pixels, arrange(picture).panels)
+
+
+def test_a_notebook_shows_tokens(look):
+    """The text is in the page."""
+    view = look(f"<!doctype html><body>{pictures.token_values(WORDS, range(6))._repr_html_()}</body>")
+    assert view.problems == []
+    assert set(map(visible, WORDS)) <= view.texts.keys()

@@ -68,7 +68,7 @@ ROOMS = {
         "patching, sweeps, attribution, lenses, circuits",
         "config types renamed positions meshes inputs compute sites hooks model cache run hooked",
     ),
-    "pictures": ("heatmaps and attention patterns", "atomic config extras"),
+    "pictures": ("heatmaps, coloured texts and maps, as HTML and PNG", "atomic config extras sites"),
     "parity": ("the comparison with Hugging Face, in torch", "config types extras sites model conversion run"),
     "cli": (
         "the command line",
@@ -79,7 +79,6 @@ ROOMS = {
 ONLY_IN = {
     "torch": ["parity"],
     "matplotlib": ["pictures"],
-    "plotly": ["pictures"],
     "typer": ["cli"],
     "gguf": ["conversion"],
 }

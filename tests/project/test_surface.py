@@ -26,7 +26,8 @@ SURFACE = {
     "gemma3_jax.generation": "Generation generate",
     "gemma3_jax.placing": "Fit fits make_mesh param_shardings",
     "gemma3_jax.reductions": "At Cast Mean Project TopK TopValues",
-    "gemma3_jax.pictures": "Heatmaps TokenFlow attention_patterns logit_lens_table patching_heatmap token_values",
+    "gemma3_jax.pictures": "BlockMap Heatmaps ParityPicture SideBySide TokenFlow attention_patterns block_map "
+    "feature_on_texts generated_values logit_lens_table parity_picture patching_heatmap side_by_side token_values",
 }
 MEMBERS = {
     "HookedGemma3": "W_E W_K W_O W_Q W_U W_V W_gate W_in W_out activations attention_mask embed encode from_hf "
@@ -110,7 +111,7 @@ def test_a_module_of_the_users_does_not_hide_ours(tmp_path):
     [
         ("import gemma3_jax, conversion", {"jax", "flax", "torch", "tensorstore", "transformers"}),
         ("from conversion import convert_checkpoint", {"torch", "tensorstore", "transformers", "matplotlib"}),
-        ("from gemma3_jax import HookedGemma3, pictures", {"torch", "tensorstore", "matplotlib", "plotly"}),
+        ("from gemma3_jax import HookedGemma3, pictures", {"torch", "tensorstore", "matplotlib"}),
     ],
 )
 def test_imports_wait_until_they_are_needed(code, absent, tmp_path):
