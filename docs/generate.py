@@ -4,7 +4,7 @@ import runpy
 from pathlib import Path
 
 from gemma3_jax import Gemma3Config
-from gemma3_jax.cli.main import sites_markdown
+from gemma3_jax.cli.sites import sites_markdown
 from gemma3_jax.conversion.gemma3 import entries
 from gemma3_jax.conversion.transforms import Rearrange
 from gemma3_jax.sites.table import SITES

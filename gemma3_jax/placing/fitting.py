@@ -135,6 +135,11 @@ def fits(
     if gradients not in get_args(Wrt) or (gradients and generate):
         raise ValueError(f"gradients is {gradients!r}; it must be 'sites', 'params' or None, and None with generate")
     config = _config_of(source, revision)
+    context = config.max_position_embeddings
+    if generate and length + generate > context:
+        raise ValueError(
+            f"length is {length} and generate is {generate}; the text exceeds the model's context of {context} tokens"
+        )
     names = captured_names(config, capture)
     if gradients == "sites" and not names:
         raise ValueError("gradients='sites' needs the sites of the gradients; name them in capture")

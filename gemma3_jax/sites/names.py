@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.sites.globs import matching
-from gemma3_jax.sites.table import SITES, Site, sites
+from gemma3_jax.sites.table import HEAD_SITES, SITES, Site, sites
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +77,27 @@ def spellings(names: Iterable[str], config: Gemma3Config) -> list[str]:
     """
     canonical = dict.fromkeys(names)
     return [*canonical, *(n for n, match in _aliases(config).items() if match.name in canonical and n not in canonical)]
+
+
+def rows_named(part: str) -> tuple[Site, ...]:
+    """The rows of the table that have a name with this part, in the table's order.
+
+    Args:
+        part: text, or a glob as in `select`; the number of a layer stands for any layer.
+
+    Raises:
+        UnknownSite: no row has; the message lists the nearest names.
+
+    >>> [row.name for row in rows_named("blocks.3.hook_resid_p*")]
+    ['blocks.{i}.hook_in', 'blocks.{i}.hook_out']
+    """
+    wanted = re.sub(r"(?<=\.)\d+(?=\.|$)", "{i}", _one_prefix(part))
+    wanted = re.sub(r"\bdense_\d+", "dense_{j}", wanted)
+    rows = {alias: row for row in (*SITES, *HEAD_SITES) for alias in (row.name, row.legacy, row.hf) if alias}
+    found = matching(f"**{wanted}**", rows)
+    if not found:
+        raise UnknownSite(f"no site has {part!r} in its name; {_nearest(wanted, rows)}")
+    return tuple(dict.fromkeys(rows[alias] for alias in found))
 
 
 def get_act_name(
