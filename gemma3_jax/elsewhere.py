@@ -47,6 +47,12 @@ REMEDIES: dict[str, dict[str, str]] = {
         "apply_slice_to_batch_dim": "use cache.sliced(batch=...)",
         "toggle_autodiff": "captures have no graph; use run_with_cache(..., incl_bwd=True), or grad_at",
     },
+    "Hook": {
+        "ctx": "a hook stores nothing; names_filter returns values, and an edit can read an array of yours",
+        "clear_context": "a hook stores nothing, so there is nothing to clear",
+        "is_backward": "there are no backward hooks; run_with_cache(..., incl_bwd=True) returns gradients",
+        **dict.fromkeys(["add_hook", "add_perma_hook", "remove_hooks", "fwd_hooks", "bwd_hooks"], _HOOKS),
+    },
     "Gemma3Config": {
         "d_model": "use hidden_size",
         "n_layers": "use num_hidden_layers",

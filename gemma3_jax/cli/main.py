@@ -24,6 +24,8 @@ from gemma3_jax.cli.shared import check_devices, console, say, size, working
 from gemma3_jax.cli.sites import sites
 from gemma3_jax.messages import printable
 
+_JAXS_NOTE = "JAX has removed its internal frames"  # a note about tracebacks, which are not printed
+
 app = typer.Typer(
     help="Gemma 3 in JAX, open at every site.",
     no_args_is_help=True,
@@ -89,7 +91,8 @@ def main() -> None:
             raise
         # typer's errors about the command line format their own message.
         usage = getattr(error, "format_message", None)
-        parts = [usage() if usage else str(error), *getattr(error, "__notes__", [])]
+        notes = [note for note in getattr(error, "__notes__", []) if _JAXS_NOTE not in note]
+        parts = [usage() if usage else str(error), *notes]
         message = printable(" ".join(" ".join(parts).split()))
         unnamed = f"{type(error).__name__}; run gemma3-jax --traceback ... to see where"
         print(f"error: {message or unnamed}", file=sys.stderr)
