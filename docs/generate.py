@@ -179,6 +179,8 @@ These things differ:
   milliseconds for a sparse autoencoder. A hook that calls another function of yours through `jax.jit`, `lax.scan` or
   the like runs twice, and costs 3 to 25 ms more. A hook cannot append to a list, call `.item()` or branch on a value.
   The error names the line and the alternative: `names_filter` keeps values, and `jnp.where` chooses between them.
+- A model, a cache, a config and most results describe themselves, in a notebook as a table. Parameters are a plain
+  pytree: `treescope.display(model.params)`, which Flax installs, folds it and shows the range of each array.
 - `hook.layer` is an attribute, not a method, and a hook has no `ctx`: it cannot store values.
 - A cache iterates over canonical names, such as `blocks.3.hook_out`. They are found by TransformerLens' names too:
   `[name for name in cache if "resid_post" in name]` has the residual streams, and so has `name.endswith(...)`. A key

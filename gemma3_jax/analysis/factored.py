@@ -18,13 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma3_jax.compute.matmul import matmul
+from gemma3_jax.descriptions import Described, Description, fields_of
 from gemma3_jax.types import ArrayLike
 
 BatchIndex: TypeAlias = int | slice | EllipsisType | Sequence[int] | np.ndarray | jax.Array
 
 
 @flax.struct.dataclass
-class FactoredMatrix:
+class FactoredMatrix(Described):
     """The matrix A @ B [..., m, n], stored as a pytree of A [..., m, r] and B [..., r, n].
 
     Batch axes of A and B broadcast. `@` with a matrix, a batch of matrices or another FactoredMatrix, on either side,
@@ -56,6 +57,11 @@ class FactoredMatrix:
         # As a pytree it may hold other things for a while, such as the in_axes of vmap.
         if all(len(shape) > 1 for shape in shapes) and shapes[0][-1] != shapes[1][-2]:
             raise ValueError(f"A {shapes[0]} and B {shapes[1]} do not match: A's last axis must equal B's last but one")
+
+    __repr__ = Described.__repr__  # dataclass would write one with every number
+
+    def _description(self) -> Description:
+        return Description("FactoredMatrix, the product A @ B", fields_of(self))
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma3_jax.analysis.lens import LensArrays, in_chunks, read_rows, readout
+from gemma3_jax.descriptions import Description
 from gemma3_jax.hooked.hooked import HookedGemma3
 from gemma3_jax.hooked.requests import request_of
 from gemma3_jax.hooked.tokenizer import Input
@@ -67,6 +68,16 @@ class PromptResult:
         written = io.StringIO()
         Console(file=written, width=24 + 28 * len(self.answer)).print(self)
         return written.getvalue().rstrip()
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        rows = [("answer", "rank", "probability", "likeliest")]
+        for i, token in enumerate(self.answer):
+            best = zip(self.top_tokens[i], self.top_probabilities[i], strict=True)
+            likeliest = ", ".join(f"{other!r} {probability:.2%}" for other, probability in best)
+            rows.append((repr(token), str(self.ranks[i]), f"{self.probabilities[i]:.2%}", likeliest))
+        return Description("after " + " ".join(map(repr, self.prompt)), tuple(rows)).html()
 
 
 def test_prompt(

@@ -21,6 +21,7 @@ from gemma3_jax.cache.components import require_whole
 from gemma3_jax.cache.description import describe
 from gemma3_jax.cache.files import GRAD, listed
 from gemma3_jax.config import Gemma3Config
+from gemma3_jax.descriptions import Described
 from gemma3_jax.elsewhere import missing
 from gemma3_jax.meshes import own_rows
 from gemma3_jax.processes import in_first, in_this, own_part, spans_processes, to_host
@@ -37,7 +38,7 @@ _UNEMBED = "unembed."
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class ActivationCache(Mapping[str, jax.Array]):
+class ActivationCache(Described, Mapping[str, jax.Array]):
     """Captured values by site. Index it by any name, or by TransformerLens' shorthand.
 
     It iterates over canonical names that are found by their TransformerLens names, too:
@@ -119,8 +120,7 @@ class ActivationCache(Mapping[str, jax.Array]):
     def __len__(self) -> int:
         return len(self._values)
 
-    def __repr__(self) -> str:
-        return describe(self)
+    _description = describe
 
     def _ipython_key_completions_(self) -> list[str]:
         """What a notebook offers after `cache["`: every name of every captured site."""

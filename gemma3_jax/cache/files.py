@@ -1,4 +1,4 @@
-"""Files of activation caches: safetensors, with what is not an array as JSON in the metadata."""
+"""Files of activation caches: safetensors, whose metadata has the config and other settings as JSON."""
 
 from __future__ import annotations
 
