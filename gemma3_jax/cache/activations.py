@@ -23,6 +23,7 @@ from gemma3_jax.cache.files import GRAD, listed
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.descriptions import Described
 from gemma3_jax.elsewhere import missing
+from gemma3_jax.inputs import as_array
 from gemma3_jax.meshes import own_rows
 from gemma3_jax.processes import in_first, in_this, own_part, spans_processes, to_host
 from gemma3_jax.sites.names import Match, get_act_name, resolve, searchable_names, spellings
@@ -93,7 +94,7 @@ class ActivationCache(Described, Mapping[str, jax.Array]):
         self.some_logits = some_logits and any(name.startswith(_UNEMBED) for name in values)
         self.tokens: Integers | None = None
         self.attention_mask: Integers | None = None
-        self._values = dict(values)
+        self._values = {name: cast(jax.Array, as_array(value)) for name, value in values.items()}
 
     def __getitem__(self, name: Name) -> jax.Array:
         first = name if isinstance(name, str) else name[0]
@@ -152,8 +153,8 @@ class ActivationCache(Described, Mapping[str, jax.Array]):
     def with_inputs(self, tokens: Integers, attention_mask: Integers | None = None) -> Self:
         """This cache with the tokens [b, p] of the run and their mask, by default all 1. Arrays are not copied."""
         new = copy.copy(self)
-        new.tokens = tokens
-        new.attention_mask = np.ones(tokens.shape, np.int32) if attention_mask is None else attention_mask
+        new.tokens = as_array(tokens)
+        new.attention_mask = np.ones(tokens.shape, np.int32) if attention_mask is None else as_array(attention_mask)
         new.grads = None if self.grads is None else self.grads.with_inputs(new.tokens, new.attention_mask)
         return new
 

@@ -45,7 +45,7 @@ ROOMS = {
     ),
     "cache": (
         "what comes out of a run, and the arithmetic of the residual stream",
-        "atomic reading elsewhere descriptions config types processes meshes compute sites model",
+        "atomic reading elsewhere descriptions config types processes meshes inputs compute sites model",
     ),
     "run": (
         "one request, the forward pass, gradients",
