@@ -1,9 +1,17 @@
 """Names of TransformerLens that this library does not have, and what does their work here.
 
-An attribute that is missing gives an error anyway; for these names the error says what to write.
+An attribute or an argument that is missing gives an error anyway; for these names the error says what to write.
 """
 
 from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _HOOKS = "name the hooks in each run: run_with_hooks(input, [(name, function)])"
 _FLAG = "no site needs a flag; name it in names_filter"
@@ -72,6 +80,54 @@ REMEDIES: dict[str, dict[str, str]] = {
         "dtype": "a config has no dtype; the arrays of model.params do",
     },
 }
+
+_NEVER_FOLDED = "weights are never changed at load; analysis.fold_ln and analysis.center_unembed return changed ones"
+_ONE_BOS = "each text has one BOS; pass ids without it: model.to_tokens(text, prepend_bos=False)"
+_NO_HOOKS_STAY = "no hooks stay after a run, so there is nothing to reset"
+
+# Arguments of the methods that load and run a model.
+ARGUMENTS: dict[str, str] = {
+    "device": "set jax.default_device, or place the parameters with mesh=",
+    "n_devices": "use mesh=gemma3_jax.placing.make_mesh()",
+    "torch_dtype": "use dtype",
+    "hf_model": "use HookedGemma3.from_hf",
+    **dict.fromkeys(["fold_ln", "center_unembed", "center_writing_weights", "fold_value_biases"], _NEVER_FOLDED),
+    "refactor_factored_attn_matrices": _NEVER_FOLDED,
+    **dict.fromkeys(["prepend_bos", "default_prepend_bos"], _ONE_BOS),
+    "padding_side": "texts are padded on the tokenizer's side; model.to_tokens takes padding_side",
+    "default_padding_side": "texts are padded on the tokenizer's side; model.to_tokens takes padding_side",
+    "bwd_hooks": "gradients are values: run_with_cache(..., incl_bwd=True), or gemma3_jax.grad_at",
+    **dict.fromkeys(["reset_hooks", "reset_hooks_end", "clear_contexts"], _NO_HOOKS_STAY),
+    "return_cache_object": "a cache is a mapping itself; dict(cache) is a plain one",
+    "loss_per_token": "use analysis.loss_per_token(model, input)",
+    "start_at_layer": "use gemma3_jax.forward, which takes inputs_embeds and start_at_layer",
+    "do_sample": "temperature=0, the default, takes the likeliest token, and a higher temperature samples",
+    "freq_penalty": "use repetition_penalty",
+    "use_past_kv_cache": "generation always has a KV cache",
+    "past_kv_cache": "use model.generate, or past= of gemma3_jax.forward",
+}
+
+
+def knows_arguments_from_elsewhere(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, whose error for an argument of TransformerLens says what to write.
+
+    >>> @knows_arguments_from_elsewhere
+    ... def run(input): ...
+    >>> run("a", bwd_hooks=[])
+    Traceback (most recent call last):
+    TypeError: run does not take bwd_hooks: gradients are values: run_with_cache(..., incl_bwd=True), or ...
+    """
+    known = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name in ARGUMENTS and name not in known:
+                what = f"{function.__name__} does not take {name}: {ARGUMENTS[name]}"
+                raise TypeError(f"{what} (see docs/migration.md)")
+        return function(*args, **kwargs)
+
+    return call
 
 
 def missing(owner: object, name: str) -> AttributeError:

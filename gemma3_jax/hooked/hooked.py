@@ -21,7 +21,7 @@ from gemma3_jax.config import Gemma3Config
 from gemma3_jax.conversion.in_memory import convert_model
 from gemma3_jax.conversion.tokenizers import TokenizerSource
 from gemma3_jax.descriptions import Described
-from gemma3_jax.elsewhere import missing
+from gemma3_jax.elsewhere import knows_arguments_from_elsewhere, missing
 from gemma3_jax.hooked import embedding, streaming, text_generation, weights
 from gemma3_jax.hooked import tokenizer as text
 from gemma3_jax.hooked.cut import Cut, checked_cut, cut_inputs, gradients_and_cut, in_bucket_or_exact, run_and_cut
@@ -100,6 +100,7 @@ class HookedGemma3(Described):
         self.tokenizer = tokenizer
 
     @classmethod
+    @knows_arguments_from_elsewhere
     def from_pretrained(
         cls,
         source: str | os.PathLike[str],
@@ -207,6 +208,7 @@ class HookedGemma3(Described):
     def __call__(self, input: Input, return_type: None, **options: Unpack[RunOptions]) -> None: ...
     @overload
     def __call__(self, input: Input, return_type: ReturnType, **options: Unpack[RunOptions]) -> Output: ...
+    @knows_arguments_from_elsewhere
     def __call__(
         self,
         input: Input,
@@ -276,6 +278,7 @@ class HookedGemma3(Described):
         return_type: ReturnType,
         **options: Unpack[CaptureOptions],
     ) -> tuple[Output, ActivationCache]: ...
+    @knows_arguments_from_elsewhere
     def run_with_cache(
         self,
         input: Input,
@@ -452,6 +455,7 @@ class HookedGemma3(Described):
         return_type: ReturnType,
         **options: Unpack[CaptureOptions],
     ) -> tuple[Output, ActivationCache]: ...
+    @knows_arguments_from_elsewhere
     def run_with_hooks(
         self,
         input: Input,

@@ -11,7 +11,7 @@ import pytest
 
 import gemma3_jax
 from gemma3_jax import TINY, ActivationCache, Hook, HookedGemma3, analysis, edits, reductions
-from gemma3_jax.elsewhere import REMEDIES
+from gemma3_jax.elsewhere import ARGUMENTS, REMEDIES
 from gemma3_jax.placing import make_mesh
 from gemma3_jax.sites.names import resolve
 
@@ -126,6 +126,21 @@ def test_a_name_from_elsewhere_says_what_to_write(kind, name):
         assert hasattr(known[where], attribute), (where, attribute)
     first = re.match(r"use (\w+)( and|$|,)", REMEDIES[kind][name])
     assert first is None or hasattr(owner, first[1])
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_an_argument_from_elsewhere_says_what_to_write(name):
+    """In every method that loads or runs a model; the names in the remedy exist."""
+    model = tiny()
+    for method in (model.from_pretrained, model, model.run_with_cache, model.run_with_hooks, model.generate):
+        with pytest.raises(TypeError, match=re.escape(f"{name}: {ARGUMENTS[name]} (see docs/migration.md)")):
+            method("ba ke", **{name: None})
+    known = {"analysis": analysis, "gemma3_jax": gemma3_jax, "model": model, "HookedGemma3": HookedGemma3}
+    for where, attribute in re.findall(r"\b(analysis|gemma3_jax|model|HookedGemma3)\.(\w+)", ARGUMENTS[name]):
+        assert hasattr(known[where], attribute), (where, attribute)
+    with pytest.raises(TypeError, match="nonsense") as error:  # control: Python's own error for other names
+        model.run_with_cache("ba ke", nonsense=None)
+    assert "migration" not in str(error.value)
 
 
 def test_other_names_are_missing_as_everywhere():
