@@ -48,7 +48,7 @@ REMEDIES: dict[str, dict[str, str]] = {
         "forward": "call the model, or gemma3_jax.forward",
     },
     "ActivationCache": {
-        "cache_dict": "a cache is a mapping itself; dict(cache) is a plain one",
+        "cache_dict": "a cache is a mapping itself; dict(cache) is a plain one, with canonical names",
         "model": "cache.config and cache.params have the model",
         "to": "use cache.numpy() for host memory, or jax.device_put(cache, device)",
         "has_batch_dim": "use cache.batched",
@@ -98,7 +98,7 @@ ARGUMENTS: dict[str, str] = {
     "default_padding_side": "texts are padded on the tokenizer's side; model.to_tokens takes padding_side",
     "bwd_hooks": "gradients are values: run_with_cache(..., incl_bwd=True), or gemma3_jax.grad_at",
     **dict.fromkeys(["reset_hooks", "reset_hooks_end", "clear_contexts"], _NO_HOOKS_STAY),
-    "return_cache_object": "a cache is a mapping itself; dict(cache) is a plain one",
+    "return_cache_object": "a cache is a mapping itself; dict(cache) is a plain one, with canonical names",
     "loss_per_token": "use analysis.loss_per_token(model, input)",
     "start_at_layer": "use gemma3_jax.forward, which takes inputs_embeds and start_at_layer",
     "do_sample": "temperature=0, the default, takes the likeliest token, and a higher temperature samples",
