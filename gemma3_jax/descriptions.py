@@ -38,7 +38,8 @@ class Description:
         rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self.rows]
         caption = f'<caption style="text-align:left;font-weight:bold">{html.escape(self.title)}</caption>'
         body = "".join(f"<tr>{row}</tr>" for row in rows)
-        return f'<table style="font-family:monospace;text-align:left">{caption}{body}</table>'
+        style = "font-family:monospace;text-align:left;white-space:pre;border-spacing:1em 0"
+        return f'<table style="{style}">{caption}{body}</table>'
 
 
 class Described:
