@@ -4,7 +4,7 @@ import runpy
 from pathlib import Path
 
 from gemma3_jax import Gemma3Config
-from gemma3_jax.cli.main import sites_markdown
+from gemma3_jax.cli.sites import sites_markdown
 from gemma3_jax.conversion.gemma3 import entries
 from gemma3_jax.conversion.transforms import Rearrange
 from gemma3_jax.sites.table import SITES
@@ -179,6 +179,15 @@ These things differ:
   milliseconds for a sparse autoencoder. A hook that calls another function of yours through `jax.jit`, `lax.scan` or
   the like runs twice, and costs 3 to 25 ms more. A hook cannot append to a list, call `.item()` or branch on a value.
   The error names the line and the alternative: `names_filter` keeps values, and `jnp.where` chooses between them.
+- A model, a cache, a config and most results describe themselves, in a notebook as a table. Parameters are a plain
+  pytree: `treescope.display(model.params)`, which Flax installs, folds it and shows the range of each array.
+- `hook.layer` is an attribute, not a method, and a hook has no `ctx`: it cannot store values.
+- A cache iterates over canonical names, such as `blocks.3.hook_out`. They are found by TransformerLens' names too:
+  `[name for name in cache if "resid_post" in name]` has the residual streams, and so has `name.endswith(...)`. A key
+  prints, compares and hashes as its canonical name: for a dictionary with other keys, name them,
+  `{{name: cache[name] for name in names}}`.
+- `np.save` loses the type of bfloat16: NumPy does not have it, and `np.load` returns `|V2`. `cache.save(file)` and
+  `ActivationCache.load(file)` keep it; `cache.numpy(dtype="float32")` makes arrays that NumPy can write.
 - An index out of range raises an error, as in torch. Plain JAX would use the nearest element.
 - Texts are padded on the tokenizer's side, which is left for Gemma, so `logits[:, -1]` belongs to each text's last
   token. `HookedGemma3` masks token ids that begin or end with padding, unless you give `attention_mask` or the

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast, get_args
 
+from gemma3_jax.descriptions import Described, Description
 from gemma3_jax.elsewhere import missing
 from gemma3_jax.messages import printable
 
@@ -44,6 +45,19 @@ _POSITIVE_INTEGERS = (
     "max_position_embeddings",
 )
 _POSITIVE_NUMBERS = ("query_pre_attn_scalar", "rms_norm_eps", "final_logit_softcapping")
+# The fields that `shape_text` has.
+_IN_SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "sliding_window",
+    "layer_types",
+    "truncated_from",
+)
 _SPECIAL_TOKENS = ("pad_token_id", "eos_token_id", "bos_token_id")
 _FLAGS = ("attention_bias", "use_bidirectional_attention", "tie_word_embeddings")
 # The dtypes of the embedding in which a model can run, and the reason why float16 is not one of them.
@@ -112,8 +126,8 @@ class EmbeddingHead:
         return prompts[name]
 
 
-@dataclasses.dataclass(frozen=True)
-class Gemma3Config:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Gemma3Config(Described):
     """All fields that determine the computation of a Gemma 3 text model, with Hugging Face's field names.
 
     Frozen and hashable, so it can be a static argument of `jax.jit`. Empty `layer_types` mean Gemma 3's pattern, a full
@@ -168,6 +182,12 @@ class Gemma3Config:
 
         def __getattr__(self, name):
             raise missing(self, name)
+
+    def _description(self) -> Description:
+        said = {field for field in _IN_SHAPE if getattr(self, field) is not None}
+        rest = [field.name for field in dataclasses.fields(self) if field.name not in said]
+        rows = tuple((name, str(value)) for name in rest if (value := getattr(self, name)) is not None)
+        return Description(f"Gemma3Config: {shape_text(self)}", rows)
 
     def rope(self, layer_type: LayerType) -> Rope:
         """The rotary embedding of layers of `layer_type`."""
@@ -289,6 +309,22 @@ class Gemma3Config:
             **fields,
             "rope_parameters": {kind: _rope_to_hf(**rope) for kind, rope in ropes.items()},
         }
+
+
+def shape_text(config: Gemma3Config) -> str:
+    """The shape of a model in words.
+
+    >>> shape_text(Gemma3Config.preset("270m"))
+    '18 layers (3 full, 15 sliding by 512), d 640, 4 heads of 256 over 1 key/value heads, MLP 2048, vocabulary 262144'
+    """
+    layers = f"{config.num_hidden_layers} layers"
+    if config.truncated_from is not None:
+        layers = f"the first {config.num_hidden_layers} of {config.truncated_from} layers"
+    full = config.layer_types.count("full_attention")
+    sliding = f"{config.num_hidden_layers - full} sliding by {config.sliding_window}"
+    heads = f"{config.num_attention_heads} heads of {config.head_dim} over {config.num_key_value_heads} key/value heads"
+    sizes = f"d {config.hidden_size}, {heads}, MLP {config.intermediate_size}, vocabulary {config.vocab_size}"
+    return f"{layers} ({full} full, {sliding}), {sizes}"
 
 
 def _pattern(n_layers: int, every: int) -> tuple[LayerType, ...]:

@@ -1,9 +1,17 @@
 """Names of TransformerLens that this library does not have, and what does their work here.
 
-An attribute that is missing gives an error anyway; for these names the error says what to write.
+An attribute or an argument that is missing gives an error anyway; for these names the error says what to write.
 """
 
 from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _HOOKS = "name the hooks in each run: run_with_hooks(input, [(name, function)])"
 _FLAG = "no site needs a flag; name it in names_filter"
@@ -40,12 +48,18 @@ REMEDIES: dict[str, dict[str, str]] = {
         "forward": "call the model, or gemma3_jax.forward",
     },
     "ActivationCache": {
-        "cache_dict": "a cache is a mapping itself; dict(cache) is a plain one",
+        "cache_dict": "a cache is a mapping itself; dict(cache) is a plain one, with canonical names",
         "model": "cache.config and cache.params have the model",
         "to": "use cache.numpy() for host memory, or jax.device_put(cache, device)",
         "has_batch_dim": "use cache.batched",
         "apply_slice_to_batch_dim": "use cache.sliced(batch=...)",
         "toggle_autodiff": "captures have no graph; use run_with_cache(..., incl_bwd=True), or grad_at",
+    },
+    "Hook": {
+        "ctx": "a hook stores nothing; names_filter returns values, and an edit can read an array of yours",
+        "clear_context": "a hook stores nothing, so there is nothing to clear",
+        "is_backward": "there are no backward hooks; run_with_cache(..., incl_bwd=True) returns gradients",
+        **dict.fromkeys(["add_hook", "add_perma_hook", "remove_hooks", "fwd_hooks", "bwd_hooks"], _HOOKS),
     },
     "Gemma3Config": {
         "d_model": "use hidden_size",
@@ -66,6 +80,54 @@ REMEDIES: dict[str, dict[str, str]] = {
         "dtype": "a config has no dtype; the arrays of model.params do",
     },
 }
+
+_NEVER_FOLDED = "weights are never changed at load; analysis.fold_ln and analysis.center_unembed return changed ones"
+_ONE_BOS = "each text has one BOS; pass ids without it: model.to_tokens(text, prepend_bos=False)"
+_NO_HOOKS_STAY = "no hooks stay after a run, so there is nothing to reset"
+
+# Arguments of the methods that load and run a model.
+ARGUMENTS: dict[str, str] = {
+    "device": "set jax.default_device, or place the parameters with mesh=",
+    "n_devices": "use mesh=gemma3_jax.placing.make_mesh()",
+    "torch_dtype": "use dtype",
+    "hf_model": "use HookedGemma3.from_hf",
+    **dict.fromkeys(["fold_ln", "center_unembed", "center_writing_weights", "fold_value_biases"], _NEVER_FOLDED),
+    "refactor_factored_attn_matrices": _NEVER_FOLDED,
+    **dict.fromkeys(["prepend_bos", "default_prepend_bos"], _ONE_BOS),
+    "padding_side": "texts are padded on the tokenizer's side; model.to_tokens takes padding_side",
+    "default_padding_side": "texts are padded on the tokenizer's side; model.to_tokens takes padding_side",
+    "bwd_hooks": "gradients are values: run_with_cache(..., incl_bwd=True), or gemma3_jax.grad_at",
+    **dict.fromkeys(["reset_hooks", "reset_hooks_end", "clear_contexts"], _NO_HOOKS_STAY),
+    "return_cache_object": "a cache is a mapping itself; dict(cache) is a plain one, with canonical names",
+    "loss_per_token": "use analysis.loss_per_token(model, input)",
+    "start_at_layer": "use gemma3_jax.forward, which takes inputs_embeds and start_at_layer",
+    "do_sample": "temperature=0, the default, takes the likeliest token, and a higher temperature samples",
+    "freq_penalty": "use repetition_penalty",
+    "use_past_kv_cache": "generation always has a KV cache",
+    "past_kv_cache": "use model.generate, or past= of gemma3_jax.forward",
+}
+
+
+def knows_arguments_from_elsewhere(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, whose error for an argument of TransformerLens says what to write.
+
+    >>> @knows_arguments_from_elsewhere
+    ... def run(input): ...
+    >>> run("a", bwd_hooks=[])
+    Traceback (most recent call last):
+    TypeError: run does not take bwd_hooks: gradients are values: run_with_cache(..., incl_bwd=True), or ...
+    """
+    known = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name in ARGUMENTS and name not in known:
+                what = f"{function.__name__} does not take {name}: {ARGUMENTS[name]}"
+                raise TypeError(f"{what} (see docs/migration.md)")
+        return function(*args, **kwargs)
+
+    return call
 
 
 def missing(owner: object, name: str) -> AttributeError:

@@ -144,8 +144,8 @@ def padding_mask(config: Gemma3Config, tokens: np.ndarray) -> np.ndarray:
     return (real | ~text.any(axis=1, keepdims=True)).astype(np.int32)
 
 
-def one_input(tokens: Value | None, inputs_embeds: Value | None) -> Value:
-    """The argument that is not None.
+def one_input(tokens: Value | None, inputs_embeds: Value | None) -> Value | np.ndarray:
+    """The argument that is not None; a torch tensor as an array.
 
     Raises:
         ValueError: both or neither are None.
@@ -153,4 +153,4 @@ def one_input(tokens: Value | None, inputs_embeds: Value | None) -> Value:
     source = tokens if inputs_embeds is None else inputs_embeds
     if source is None or (tokens is not None and inputs_embeds is not None):
         raise ValueError("give tokens or inputs_embeds: exactly one of them")
-    return source
+    return as_array(source)

@@ -18,13 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma3_jax.compute.matmul import matmul
+from gemma3_jax.descriptions import Described, Description, fields_of
+from gemma3_jax.inputs import as_array
 from gemma3_jax.types import ArrayLike
 
 BatchIndex: TypeAlias = int | slice | EllipsisType | Sequence[int] | np.ndarray | jax.Array
 
 
 @flax.struct.dataclass
-class FactoredMatrix:
+class FactoredMatrix(Described):
     """The matrix A @ B [..., m, n], stored as a pytree of A [..., m, r] and B [..., r, n].
 
     Batch axes of A and B broadcast. `@` with a matrix, a batch of matrices or another FactoredMatrix, on either side,
@@ -52,10 +54,17 @@ class FactoredMatrix:
     __array_ufunc__ = None  # a NumPy array on the left of `@` or `*` leaves the operation to this class
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "A", as_array(self.A))
+        object.__setattr__(self, "B", as_array(self.B))
         shapes = [np.shape(factor) if hasattr(factor, "shape") else () for factor in (self.A, self.B)]
         # As a pytree it may hold other things for a while, such as the in_axes of vmap.
         if all(len(shape) > 1 for shape in shapes) and shapes[0][-1] != shapes[1][-2]:
             raise ValueError(f"A {shapes[0]} and B {shapes[1]} do not match: A's last axis must equal B's last but one")
+
+    __repr__ = Described.__repr__  # dataclass would write one with every number
+
+    def _description(self) -> Description:
+        return Description("FactoredMatrix, the product A @ B", fields_of(self))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -155,7 +164,7 @@ class FactoredMatrix:
         Raises:
             IndexError: the entry or the batch axis does not exist.
         """
-        index = index if isinstance(index, tuple) else (index,)
+        index = tuple(map(as_array, index if isinstance(index, tuple) else (index,)))
         if not any(isinstance(each, jax.core.Tracer) for each in index):
             # jax would clamp an index that is too large
             np.broadcast_to(0, self._batch)[index]
@@ -179,17 +188,18 @@ class FactoredMatrix:
             if self.mdim <= other.mdim:
                 return FactoredMatrix(self.A, _product(middle, other.B))
             return FactoredMatrix(_product(self.A, middle), other.B)
-        other = jnp.asarray(other)
+        other = jnp.asarray(as_array(other))
         if other.ndim == 1:
             return _product(self.A, _product(self.B, other[:, None]))[..., 0]
         return FactoredMatrix(self.A, _product(self.B, other))
 
     def __rmatmul__(self, other: ArrayLike) -> FactoredMatrix | jax.Array:
+        other = as_array(other)
         return (self.T @ jnp.asarray(other).mT).T if np.ndim(other) > 1 else self.T @ other
 
     def __mul__(self, scale: ArrayLike) -> FactoredMatrix:
         # [...] -> [..., 1, 1]
-        return FactoredMatrix(self.A * jnp.asarray(scale)[..., None, None], self.B)
+        return FactoredMatrix(self.A * jnp.asarray(as_array(scale))[..., None, None], self.B)
 
     __rmul__ = __mul__
 

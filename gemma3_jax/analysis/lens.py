@@ -17,6 +17,7 @@ import numpy as np
 
 from gemma3_jax.cache.residual import HEADS, RESIDUAL
 from gemma3_jax.config import Gemma3Config
+from gemma3_jax.descriptions import Described, Description, fields_of
 from gemma3_jax.hooked.hooked import HookedGemma3
 from gemma3_jax.hooked.requests import request_of
 from gemma3_jax.hooked.tokenizer import Input
@@ -31,7 +32,7 @@ from gemma3_jax.types import IntegersLike, Params, PyTree
 
 
 @flax.struct.dataclass
-class LogitLens:
+class LogitLens(Described):
     """The most likely next tokens at every site and position, and how likely the targets are; a pytree.
 
     Attributes:
@@ -50,6 +51,12 @@ class LogitLens:
     log_probs: jax.Array
     target_log_probs: jax.Array | None = None
     target_ranks: jax.Array | None = None
+
+    __repr__ = Described.__repr__  # dataclass would write one with every number
+
+    def _description(self) -> Description:
+        title = f"LogitLens of {len(self.names)} sites, {self.names[0]} to {self.names[-1]}; lens_table has its tokens"
+        return Description(title, fields_of(self)[1:])
 
 
 # The arrays of a `LogitLens`.

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma3_jax.analysis.lens import LensArrays, in_chunks, read_rows, readout
+from gemma3_jax.descriptions import Described, Description
 from gemma3_jax.hooked.hooked import HookedGemma3
 from gemma3_jax.hooked.requests import request_of
 from gemma3_jax.hooked.tokenizer import Input
@@ -30,7 +31,7 @@ from gemma3_jax.types import IntegersLike, Params
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptResult:
+class PromptResult(Described):
     """How the model ranks each token of an answer, given the tokens before it; prints as a table.
 
     Attributes:
@@ -49,24 +50,34 @@ class PromptResult:
     top_tokens: list[list[str]]
     top_probabilities: np.ndarray
 
-    def __rich__(self) -> Table:
+    def _description(self) -> Description:
         """One column for each token of the answer, one row for each of the k most likely tokens."""
-        table = Table(title=Text("after " + " ".join(map(repr, self.prompt))))
-        table.add_column("rank", justify="right")
-        for token, rank, probability in zip(self.answer, self.ranks, self.probabilities, strict=True):
-            table.add_column(Text(f"{token!r}\nrank {rank}, {probability:.2%}"))
+        answers = zip(self.answer, self.ranks, self.probabilities, strict=True)
+        header = ("rank", *(f"{token!r}\nrank {rank}, {probability:.2%}" for token, rank, probability in answers))
         columns = [
-            [Text(f"{token!r} {probability:.2%}") for token, probability in zip(*column, strict=True)]
+            [f"{token!r} {probability:.2%}" for token, probability in zip(*column, strict=True)]
             for column in zip(self.top_tokens, self.top_probabilities, strict=True)
         ]
-        for i, row in enumerate(zip(*columns, strict=True)):
-            table.add_row(str(i), *row)
+        rows = [(str(i), *row) for i, row in enumerate(zip(*columns, strict=True))]
+        return Description("after " + " ".join(map(repr, self.prompt)), (header, *rows))
+
+    def __rich__(self) -> Table:
+        """The same, as a table for terminals."""
+        shown = self._description()
+        header, *rows = shown.rows
+        table = Table(title=Text(shown.title))
+        for cell in header:
+            table.add_column(Text(cell), justify="right" if cell == "rank" else "left")
+        for row in rows:
+            table.add_row(*map(Text, row))
         return table
 
     def __str__(self) -> str:
         written = io.StringIO()
         Console(file=written, width=24 + 28 * len(self.answer)).print(self)
         return written.getvalue().rstrip()
+
+    __repr__ = __str__
 
 
 def test_prompt(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,18 +13,20 @@ import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
+from jax.typing import DTypeLike
 
 from gemma3_jax import atomic
-from gemma3_jax.cache import residual
+from gemma3_jax.cache import files, residual
 from gemma3_jax.cache.components import require_whole
 from gemma3_jax.cache.description import describe
-from gemma3_jax.config import ConfigError, Gemma3Config
+from gemma3_jax.cache.files import GRAD, listed
+from gemma3_jax.config import Gemma3Config
+from gemma3_jax.descriptions import Described
 from gemma3_jax.elsewhere import missing
+from gemma3_jax.inputs import as_array
 from gemma3_jax.meshes import own_rows
 from gemma3_jax.processes import in_first, in_this, own_part, spans_processes, to_host
-from gemma3_jax.reading import CheckpointError, map_tensor, parse_json, read_header, read_metadata
-from gemma3_jax.sites.names import Match, get_act_name, resolve, site_names, spellings
+from gemma3_jax.sites.names import Match, get_act_name, resolve, searchable_names, spellings
 from gemma3_jax.sites.table import site, token_axis
 from gemma3_jax.types import Integers, Params, PyTree
 
@@ -34,15 +35,15 @@ Value = TypeVar("Value", bound=Integers)
 # The part of a cache that is not arrays: the config, the names, whether there is a batch axis, the reductions, and
 # whether logits_at chose positions.
 _Static: TypeAlias = tuple[Gemma3Config, tuple[str, ...], bool, tuple[tuple[str, str], ...], bool]
-_GRAD = "_grad"
 _UNEMBED = "unembed."
-_INPUTS = ("tokens", "attention_mask")  # in a file
-_SETTINGS = ("config", "batched", "grads", "reduced", "some_logits")
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class ActivationCache(Mapping[str, jax.Array]):
-    """Captured values by site. Iterates over canonical names. Index it by any name, or by TransformerLens' shorthand.
+class ActivationCache(Described, Mapping[str, jax.Array]):
+    """Captured values by site. Index it by any name, or by TransformerLens' shorthand.
+
+    It iterates over canonical names that are found by their TransformerLens names, too:
+    `[name for name in cache if "resid_post" in name]` has `blocks.3.hook_out` (`gemma3_jax.sites.names.SiteName`).
 
     A name is canonical, legacy or a Hugging Face path; a shorthand is (name, layer) or (name, layer, part), as
     `get_act_name` takes it, and negative layers count from the end. A Hugging Face path gives the value in Hugging
@@ -93,34 +94,34 @@ class ActivationCache(Mapping[str, jax.Array]):
         self.some_logits = some_logits and any(name.startswith(_UNEMBED) for name in values)
         self.tokens: Integers | None = None
         self.attention_mask: Integers | None = None
-        self._values = dict(values)
+        self._values = {name: cast(jax.Array, as_array(value)) for name, value in values.items()}
 
     def __getitem__(self, name: Name) -> jax.Array:
         first = name if isinstance(name, str) else name[0]
-        if first.endswith(_GRAD):
+        if first.endswith(GRAD):
             if self.grads is None:
                 raise KeyError(f"{name}: this cache has no gradients; run with run_with_cache(..., incl_bwd=True)")
-            first = first.removesuffix(_GRAD)
+            first = first.removesuffix(GRAD)
             return self.grads[first if isinstance(name, str) else (first, *name[1:])]
         match = self._match(name)
         if match.name not in self._values:
-            raise KeyError(f"{match.name} was not captured; this cache has {_listed(self._values)}")
+            raise KeyError(f"{match.name} was not captured; this cache has {listed(self._values)}")
         value = self._values[match.name]
         return value if match.layout is None or match.name in self.reduced else einops.rearrange(value, match.layout)
 
     def _match(self, name: Name) -> Match:
         """The site of a name, ignoring the suffix for gradients."""
         full = name if isinstance(name, str) else get_act_name(*name, config=self.config)
-        return resolve(full.removesuffix(_GRAD), self.config)
+        return resolve(full.removesuffix(GRAD), self.config)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
+        known = searchable_names(self.config)
+        return (known.get(name, name) for name in self._values)
 
     def __len__(self) -> int:
         return len(self._values)
 
-    def __repr__(self) -> str:
-        return describe(self)
+    _description = describe
 
     def _ipython_key_completions_(self) -> list[str]:
         """What a notebook offers after `cache["`: every name of every captured site."""
@@ -152,8 +153,8 @@ class ActivationCache(Mapping[str, jax.Array]):
     def with_inputs(self, tokens: Integers, attention_mask: Integers | None = None) -> Self:
         """This cache with the tokens [b, p] of the run and their mask, by default all 1. Arrays are not copied."""
         new = copy.copy(self)
-        new.tokens = tokens
-        new.attention_mask = np.ones(tokens.shape, np.int32) if attention_mask is None else attention_mask
+        new.tokens = as_array(tokens)
+        new.attention_mask = np.ones(tokens.shape, np.int32) if attention_mask is None else as_array(attention_mask)
         new.grads = None if self.grads is None else self.grads.with_inputs(new.tokens, new.attention_mask)
         return new
 
@@ -257,16 +258,33 @@ class ActivationCache(Mapping[str, jax.Array]):
         new._values = self._values | residual.missing_head_results(self)
         return new
 
-    def numpy(self, *, whole: bool = False) -> Self:
+    def numpy(self, *, whole: bool = False, dtype: DTypeLike | None = None) -> Self:
         """The cache with its values and gradients as NumPy arrays in host memory; bfloat16 stays bfloat16.
+
+        NumPy has no bfloat16 of its own: `np.save` writes such an array as two bytes without a type, and `np.load`
+        returns `|V2`. Write it with `save`, which keeps the type, or with `np.save` after `dtype="float32"`.
 
         Args:
             whole: with several processes (`jax.distributed`), give each of them the whole of every array. By default a
                 process gets what its own devices hold: its rows, with their tokens, and its part of every other axis
                 that is cut over processes. All processes must call this.
+            dtype: a floating-point dtype for the values that have one; integers do not change. None keeps each dtype.
+
+        Raises:
+            ValueError: `dtype` is not a floating-point dtype.
+
+        >>> import jax.numpy as jnp
+        >>> values = {"blocks.0.hook_out": jnp.ones((1, 2, 640), jnp.bfloat16)}
+        >>> cache = ActivationCache(Gemma3Config.preset("270m"), values)
+        >>> [cache.numpy(dtype=dtype)["resid_post", 0].dtype.name for dtype in (None, "float32")]
+        ['bfloat16', 'float32']
         """
+        if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"dtype is {dtype!r}; it must be a floating-point dtype, such as float32")
         part = to_host if whole else own_part
         host = jax.tree.map(part, self) if spans_processes(self) else jax.device_get(self)
+        if dtype is not None:
+            host = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, host)
         host = host.with_params(self.params)
         if self.tokens is None:
             return host
@@ -294,21 +312,14 @@ class ActivationCache(Mapping[str, jax.Array]):
         # One process writes a cache that several share; each writes one of its own.
         once = in_first if spans_processes(self) else in_this
         target = Path(once(lambda: str(atomic.check_new_file(file))))
-        values: dict[str, Integers] = {name: self._values[name] for name in self}
-        values |= {f"{name}{_GRAD}": value for name, value in (self.grads or {}).items()}
+        values: dict[str, Integers] = dict(self._values)
+        values |= {f"{name}{GRAD}": value for name, value in (self.grads or {}).items()}
         if self.tokens is not None and self.attention_mask is not None:
-            values |= dict(zip(_INPUTS, (self.tokens, self.attention_mask), strict=True))
-        # safetensors writes the buffer as it is and ignores strides.
-        arrays = {name: np.ascontiguousarray(to_host(value)) for name, value in values.items()}
-        metadata = {"config": json.dumps(self.config.to_hf()), "batched": json.dumps(self.batched)}
-        metadata |= {"grads": json.dumps(self.grads is not None), "reduced": json.dumps(self.reduced)}
-        metadata |= {"some_logits": json.dumps(self.some_logits)}
-
-        def write() -> None:
-            with atomic.new_file(target) as temporary:
-                safetensors.numpy.save_file(arrays, temporary, metadata)
-
-        once(write)
+            values |= dict(zip(files.INPUTS, (self.tokens, self.attention_mask), strict=True))
+        settings = {"config": self.config.to_hf(), "batched": self.batched, "grads": self.grads is not None}
+        settings |= {"reduced": self.reduced, "some_logits": self.some_logits}
+        arrays = {name: to_host(value) for name, value in values.items()}
+        once(lambda: files.write(target, arrays, settings))
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> Self:
@@ -318,34 +329,11 @@ class ActivationCache(Mapping[str, jax.Array]):
             FileNotFoundError: there is no such file.
             ValueError: the file is damaged, not a regular file, or not an activation cache.
         """
-        file = Path(file)
-        if not os.path.lexists(file):
-            raise FileNotFoundError(f"there is no file {file}")
-        metadata = read_metadata(file)
-        if not {"config", "batched", "grads"} <= set(metadata):
-            raise CheckpointError(f"{file} is not an activation cache; write one with `save`")
-        settings = {name: parse_json(file, text.encode()) for name, text in metadata.items() if name in _SETTINGS}
-        try:
-            config = Gemma3Config.from_hf(settings["config"])
-        except ConfigError as error:
-            raise ConfigError(f"{file}: {error}") from error
-        batched, some_logits = bool(settings["batched"]), bool(settings.get("some_logits"))
-        reduced = settings.get("reduced", {})
-        stored = read_header(file)
-        # In the model's order, which the file does not have.
-        names = [name for name in site_names(config) if name in stored]
-        gradients = [name for name in site_names(config) if name + _GRAD in stored]
-        unknown = sorted(set(stored) - {*names, *(name + _GRAD for name in gradients), *_INPUTS})
-        if unknown:
-            raise CheckpointError(f"{file} has {_listed(unknown)}, which its model does not have")
-        if not isinstance(reduced, dict) or set(reduced) - set(names):
-            raise CheckpointError(f"{file} is damaged: its reductions are {reduced!r}")
-        arrays = {key: jnp.array(map_tensor(key, tensor)) for key, tensor in stored.items()}
-        build = functools.partial(cls, config, batched=batched, some_logits=some_logits)
-        grads = build({name: arrays[name + _GRAD] for name in gradients}) if settings["grads"] else None
-        cache = build({name: arrays[name] for name in names}, grads=grads, reduced=reduced)
-        tokens, mask = (arrays.get(name) for name in _INPUTS)
-        return cache if tokens is None else cache.with_inputs(tokens, mask)
+        found = files.read(Path(file))
+        build = functools.partial(cls, found.config, batched=found.batched, some_logits=found.some_logits)
+        grads = None if found.grads is None else build(found.grads)
+        cache = build(found.values, grads=grads, reduced=found.reduced)
+        return cache if found.inputs is None else cache.with_inputs(*found.inputs)
 
     def _map(
         self,
@@ -373,9 +361,3 @@ def _cut(value: Value, index: int | slice | None, axis: int, what: str) -> Value
     if not range(size)[section]:
         raise ValueError(f"{what} {index} selects none of the {size} entries")
     return cast(Value, value[(..., section, *[slice(None)] * (-axis - 1))])
-
-
-def _listed(values: Iterable[str], most: int = 8) -> str:
-    names = list(values)
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "nothing") + rest

@@ -56,6 +56,7 @@ from gemma3_jax.cache.components import (
     z_name,
 )
 from gemma3_jax.compute.matmul import matmul
+from gemma3_jax.inputs import as_array
 from gemma3_jax.model.layers import RMSNorm
 from gemma3_jax.sites.names import block, get_act_name
 from gemma3_jax.types import IntegersLike
@@ -304,7 +305,7 @@ def apply_ln_to_stack(
     Peak memory: twice the result.
     """
     norm = norm_of(cache, end_layer(cache, layer, mlp_input), mlp_input)
-    stack = jnp.asarray(residual_stack, jnp.float32)
+    stack = jnp.asarray(as_array(residual_stack), jnp.float32)
     check_stack(cache, stack)
     if recompute_ln:
         module = RMSNorm(cache.config.hidden_size, cache.config.rms_norm_eps)
@@ -339,7 +340,7 @@ def logit_attrs(
     Peak memory: the stack in float32, and 16 b p d bytes.
     """
     require(cache, ["ln_final.hook_scale"])
-    stack = jnp.asarray(residual_stack, jnp.float32)
+    stack = jnp.asarray(as_array(residual_stack), jnp.float32)
     check_stack(cache, stack, value_at(cache, "ln_final.hook_scale", pos_slice))
     # [n, ..., d] x [..., d] -> [n, ...]
     return matmul("n...d,...d->n...", stack, directions(cache, tokens, incorrect_tokens, pos_slice))

@@ -17,6 +17,7 @@ import numpy as np
 
 from gemma3_jax.cache.activations import ActivationCache
 from gemma3_jax.config import Gemma3Config
+from gemma3_jax.descriptions import Described, Description, fields_of
 from gemma3_jax.generation.decode import Decoding, Task, check_logits, go_on, read
 from gemma3_jax.generation.memory import in_memory
 from gemma3_jax.generation.sampling import Options, check_names, row_keys, sampling
@@ -32,7 +33,7 @@ from gemma3_jax.types import IntegersLike, Params, PyTree
 
 
 @flax.struct.dataclass
-class Generation:
+class Generation(Described):
     """The result of `generate`.
 
     Attributes:
@@ -52,6 +53,13 @@ class Generation:
     log_probs: jax.Array
     logits: jax.Array | None
     cache: ActivationCache
+
+    __repr__ = Described.__repr__  # dataclass would write one with every number
+
+    def _description(self) -> Description:
+        cache = repr(self.cache).splitlines()[0]
+        rows = [row for row in fields_of(self) if row[0] != "cache"]
+        return Description(f"Generation of {self.log_probs.shape[-1]} tokens", (*rows, ("cache", cache)))
 
 
 def generate(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import jax
 
-from gemma3_jax.cache.description import size_text
+from gemma3_jax.config import shape_text
+from gemma3_jax.descriptions import Description, size_text
 from gemma3_jax.hooked.protocol import Model
 from gemma3_jax.meshes import mesh_of
 from gemma3_jax.model.layout import is_stacked
 
 
-def describe(model: Model) -> str:
+def describe(model: Model) -> Description:
     """Shape, size, dtypes, place and tokenizer of a model, on four lines.
 
     >>> from gemma3_jax import TINY, HookedGemma3
@@ -20,24 +21,17 @@ def describe(model: Model) -> str:
       on ...
       tokenizer: TokenizersBackend
     """
-    config, leaves = model.config, jax.tree.leaves(model.params)
-    full = config.layer_types.count("full_attention")
+    leaves = jax.tree.leaves(model.params)
     dtypes = sorted({str(leaf.dtype) for leaf in leaves})
     number, size = sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves)
-    layers = f"{config.num_hidden_layers} layers"
-    if config.truncated_from is not None:
-        layers = f"the first {config.num_hidden_layers} of {config.truncated_from} layers"
     tokenizer = None if model.tokenizer is None else type(model.tokenizer).__name__
-    sliding = f"{config.num_hidden_layers - full} sliding by {config.sliding_window}"
-    heads = f"{config.num_attention_heads} heads of {config.head_dim} over {config.num_key_value_heads} key/value heads"
-    sizes = f"d {config.hidden_size}, {heads}, MLP {config.intermediate_size}, vocabulary {config.vocab_size}"
     stacked = ", stacked for scan_layers" if is_stacked(model.params) else ""
-    return (
-        f"HookedGemma3: {layers} ({full} full, {sliding}), {sizes}\n"
-        f"  {number:,} parameters, {size_text(size)}, {' and '.join(dtypes)}{stacked}\n"
-        f"  {_place(model)}\n"
-        f"  tokenizer: {tokenizer or 'none, so inputs are token ids'}"
+    rows = (
+        f"{number:,} parameters, {size_text(size)}, {' and '.join(dtypes)}{stacked}",
+        _place(model),
+        f"tokenizer: {tokenizer or 'none, so inputs are token ids'}",
     )
+    return Description(f"HookedGemma3: {shape_text(model.config)}", tuple((row,) for row in rows))
 
 
 def _place(model: Model) -> str:

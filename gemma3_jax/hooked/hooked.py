@@ -20,7 +20,8 @@ from gemma3_jax.cache.activations import ActivationCache
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.conversion.in_memory import convert_model
 from gemma3_jax.conversion.tokenizers import TokenizerSource
-from gemma3_jax.elsewhere import missing
+from gemma3_jax.descriptions import Described
+from gemma3_jax.elsewhere import knows_arguments_from_elsewhere, missing
 from gemma3_jax.hooked import embedding, streaming, text_generation, weights
 from gemma3_jax.hooked import tokenizer as text
 from gemma3_jax.hooked.cut import Cut, checked_cut, cut_inputs, gradients_and_cut, in_bucket_or_exact, run_and_cut
@@ -41,7 +42,7 @@ from gemma3_jax.types import IntegersLike, Params, Tokenizer
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class HookedGemma3:
+class HookedGemma3(Described):
     """A Gemma 3 with its parameters and tokenizer. It does not store hooks: each call names its captures and edits.
 
     An input is a text, a list of texts (padded on the tokenizer's side), token ids [p] or [b, p] of any array library,
@@ -99,6 +100,7 @@ class HookedGemma3:
         self.tokenizer = tokenizer
 
     @classmethod
+    @knows_arguments_from_elsewhere
     def from_pretrained(
         cls,
         source: str | os.PathLike[str],
@@ -206,6 +208,7 @@ class HookedGemma3:
     def __call__(self, input: Input, return_type: None, **options: Unpack[RunOptions]) -> None: ...
     @overload
     def __call__(self, input: Input, return_type: ReturnType, **options: Unpack[RunOptions]) -> Output: ...
+    @knows_arguments_from_elsewhere
     def __call__(
         self,
         input: Input,
@@ -275,6 +278,7 @@ class HookedGemma3:
         return_type: ReturnType,
         **options: Unpack[CaptureOptions],
     ) -> tuple[Output, ActivationCache]: ...
+    @knows_arguments_from_elsewhere
     def run_with_cache(
         self,
         input: Input,
@@ -451,6 +455,7 @@ class HookedGemma3:
         return_type: ReturnType,
         **options: Unpack[CaptureOptions],
     ) -> tuple[Output, ActivationCache]: ...
+    @knows_arguments_from_elsewhere
     def run_with_hooks(
         self,
         input: Input,
@@ -506,7 +511,7 @@ class HookedGemma3:
         out, cache = self._run(request, cut)
         return out if names_filter is None else (out, cache)
 
-    __repr__ = describe
+    _description = describe
 
     if not TYPE_CHECKING:  # a type checker is to report missing attributes itself
 

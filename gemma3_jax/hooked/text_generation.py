@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeGuard, Unpack, cast
 import jax.numpy as jnp
 import numpy as np
 
+from gemma3_jax.elsewhere import knows_arguments_from_elsewhere
 from gemma3_jax.generation.decode import Decoding, Task, check_logits, go_on
 from gemma3_jax.generation.loop import (
     Bounds,
@@ -40,6 +41,7 @@ SEGMENT = 16
 _OTHER_NAMES = {"edits": "fwd_hooks", "capture": "names_filter"}
 
 
+@knows_arguments_from_elsewhere
 def generate(
     model: Model,
     input: Prompt,
@@ -96,6 +98,7 @@ def generate(
     return out if names_filter is None and not return_logits else (out, generation)
 
 
+@knows_arguments_from_elsewhere
 def generate_stream(
     model: Model,
     input: Prompt,

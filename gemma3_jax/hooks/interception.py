@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import einops
 import flax.linen as nn
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from gemma3_jax.elsewhere import missing
 from gemma3_jax.hooks.scanned import Rows, edited_at, no_rows, written_at
 from gemma3_jax.meshes import constrained, cut_residual
 from gemma3_jax.sites import table
@@ -96,6 +97,11 @@ class Hook:
     phase: Phase = flax.struct.field(pytree_node=False, default="prompt")
     layout: str | None = flax.struct.field(pytree_node=False, default=None)
 
+    if not TYPE_CHECKING:  # a type checker is to report missing attributes itself
+
+        def __getattr__(self, name):
+            raise missing(self, name)
+
 
 Edit = Callable[[jax.Array, Hook], jax.Array]
 # As `flax.linen.intercept_methods` takes it.
@@ -162,6 +168,8 @@ def call_edit(edit: Edit, value: jax.Array, hook: Hook) -> jax.Array:
         edited = edit(value, hook)
     except Exception as error:
         error.add_note(f"in the edit at {hook.name}, which holds {value.dtype} of shape {value.shape}{remedy}")
+        if isinstance(error, TypeError) and "object is not callable" in str(error):
+            error.add_note("if this calls hook.layer(): it is an attribute here, hook.layer (see docs/migration.md)")
         raise
     if edited is None:
         raise TypeError(f"the edit at {hook.name} returned None; it must return the value, changed or not")

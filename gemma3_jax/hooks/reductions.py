@@ -34,6 +34,7 @@ from gemma3_jax.compute.matmul import matmul
 from gemma3_jax.hooks.interception import Hook, as_pytree, at_least_float32
 from gemma3_jax.hooks.restrictions import Index, as_index, check_range
 from gemma3_jax.hooks.tracing import Traced
+from gemma3_jax.inputs import as_array
 from gemma3_jax.positions import Extent, columns_at
 from gemma3_jax.sites.names import Match
 from gemma3_jax.sites.table import token_axis
@@ -196,13 +197,19 @@ def as_steps(given: Reduction | Sequence[Reduction] | None, match: Match, extent
                 f"the reduction at {match.name} is {step!r}; it must be a callable, function(value, hook) -> arrays, "
                 "several in a list, or None to keep the value"
             )
-    placed = (_placed(step, match.name, extent) if isinstance(step, At) else as_pytree(step) for step in steps)
+    placed = (_placed(step, match.name, extent) if isinstance(step, At) else _as_pytree(step) for step in steps)
     return Steps(tuple(placed), match.layout) if steps else None
 
 
 def is_ready(steps: Steps | Traced) -> bool:
     """Whether all reductions are those of this module, which read only their own arrays. A subclass may read more."""
     return isinstance(steps, Traced) or all(type(step) in (At, Mean, Project, Cast, TopK) for step in steps.steps)
+
+
+def _as_pytree(step: Reduction) -> Reduction:
+    """The reduction as a pytree, with arrays in place of torch tensors."""
+    tree: Reduction = jax.tree.map(as_array, as_pytree(step))
+    return tree
 
 
 def _placed(step: At, name: str, extent: Extent) -> At:

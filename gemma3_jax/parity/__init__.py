@@ -21,7 +21,7 @@ with needs_extra("parity", "parity needs"):
 
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.conversion.export import export_checkpoint
-from gemma3_jax.conversion.sources import Sources, convert_sources, load_tokenizer, locate_sources
+from gemma3_jax.conversion.sources import Sources, convert_sources, load_tokenizer, locate_sources, read_config
 from gemma3_jax.conversion.store import is_converted, load_params
 from gemma3_jax.parity import huggingface
 from gemma3_jax.parity.measure import at_sites, compare, most_logits, of_gradients, port_gradients
@@ -62,8 +62,9 @@ def parity(
         source: directory or hub id; or a GGUF file, an adapter or a directory that `save_params` wrote, which are
             exported for Hugging Face.
         dtype: of the weights and activations on both sides.
-        tokens: length of the prompts; by default 64, and 64 more than the sliding window. The prompts are English text
-            that ships with this package, or random ids if the checkpoint has no tokenizer for English.
+        tokens: length of the prompts, at most the model's context; by default 64, and 64 more than the sliding window.
+            The prompts are English text that ships with this package, or random ids if the checkpoint has no tokenizer
+            for English.
         revision: branch, tag or commit on the hub.
         seed: seed of the random ids.
         adapter: directory or hub id of a PEFT adapter, which is merged into the source.
@@ -78,6 +79,9 @@ def parity(
     if tokens is not None and tokens < 2:
         raise ValueError(f"tokens is {tokens}; a loss needs at least 2 tokens")
     sources = locate_sources(source, revision, adapter)
+    context = read_config(sources).max_position_embeddings
+    if tokens is not None and tokens > context:
+        raise ValueError(f"tokens is {tokens}; the model's context has {context} tokens")
     tokenizer = load_tokenizer(sources)
     config, params = _load(sources, dtype)
     # Hugging Face's model has no embedding head: the parity is that of the text model.

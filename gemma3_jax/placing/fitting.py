@@ -139,6 +139,11 @@ def fits(
     if remat and not gradients:
         raise ValueError("remat=True changes gradients alone; set gradients='sites' or 'params'")
     config = _config_of(source, revision)
+    context = config.max_position_embeddings
+    if generate and length + generate > context:
+        raise ValueError(
+            f"length is {length} and generate is {generate}; the text exceeds the model's context of {context} tokens"
+        )
     names = captured_names(config, capture)
     if gradients == "sites" and not names:
         raise ValueError("gradients='sites' needs the sites of the gradients; name them in capture")

@@ -5,11 +5,14 @@ Axes: b batch, p position, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gemma3_jax.inputs import as_array
 from gemma3_jax.positions import check_mask
 
 IGNORED = -100  # the label of a token without a loss, as in torch and Hugging Face
@@ -40,12 +43,15 @@ def next_token_loss(
     >>> float(next_token_loss(logits, jnp.array([[0, 1, -100]]))) == float(jnp.log(jnp.float32(4)))
     True
     """
+    logits, tokens, attention_mask, segment_ids = cast(
+        Any, map(as_array, (logits, tokens, attention_mask, segment_ids))
+    )
     _check(logits, tokens=tokens, attention_mask=attention_mask, segment_ids=segment_ids)
     labels = tokens[:, 1:]
     counted, known = _labels(labels, logits.shape[-1])
     # [b, p - 1]
     losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits[:, :-1].astype(jnp.float32), jnp.where(known, labels, 0)
+        jnp.asarray(logits[:, :-1], jnp.float32), jnp.where(known, labels, 0)
     )
     if attention_mask is not None:
         real = attention_mask.astype(bool)

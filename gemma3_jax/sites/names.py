@@ -8,11 +8,13 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, Self
 
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.sites.globs import matching
-from gemma3_jax.sites.table import SITES, Site, sites
+from gemma3_jax.sites.table import HEAD_SITES, SITES, Site, sites
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +23,39 @@ class Match:
 
     name: str
     layout: str | None = None
+
+
+class SiteName(str):
+    """A canonical name that is found by its TransformerLens name too, as a predicate of `select` finds it.
+
+    It equals the canonical name and has its hash. `in`, `startswith` and `endswith` look into both names, so that
+    `[name for name in cache if "resid_post" in name]` has the residual streams.
+
+    Attributes:
+        legacy: TransformerLens' name; the canonical one if it has no other.
+
+    >>> name = SiteName("blocks.3.hook_out", "blocks.3.hook_resid_post")
+    >>> name, name == "blocks.3.hook_out", "resid_post" in name, name.endswith("hook_resid_post"), "resid_pre" in name
+    ('blocks.3.hook_out', True, True, True, False)
+    """
+
+    legacy: str
+
+    def __new__(cls, name: str, legacy: str | None = None) -> Self:
+        new = super().__new__(cls, name)
+        new.legacy = name if legacy is None else legacy
+        return new
+
+    def __contains__(self, part: str) -> bool:  # type: ignore[override] # as `str` itself
+        return super().__contains__(part) or part in self.legacy
+
+    def startswith(self, *arguments: Any) -> bool:
+        """Whether one of the names starts with this; arguments as for `str`."""
+        return super().startswith(*arguments) or self.legacy.startswith(*arguments)
+
+    def endswith(self, *arguments: Any) -> bool:
+        """Whether one of the names ends with this; arguments as for `str`."""
+        return super().endswith(*arguments) or self.legacy.endswith(*arguments)
 
 
 class UnknownSite(KeyError, ValueError):
@@ -47,6 +82,18 @@ _PART_WORDS = {"a": "attn", "attention": "attn", "m": "mlp", "b": "", "block": "
 def site_names(config: Gemma3Config) -> tuple[str, ...]:
     """The canonical names of all sites of the model, in the order in which the model computes them."""
     return tuple(_table(config))
+
+
+@functools.cache
+def searchable_names(config: Gemma3Config) -> Mapping[str, SiteName]:
+    """The `SiteName` of every site, by canonical name.
+
+    >>> searchable_names(Gemma3Config.preset("1b"))["blocks.3.hook_out"].legacy
+    'blocks.3.hook_resid_post'
+    """
+    rows = _table(config).items()
+    legacy = {name: row.legacy and row.legacy.replace("{i}", str(layer_of(name))) for name, row in rows}
+    return MappingProxyType({name: SiteName(name, other) for name, other in legacy.items()})
 
 
 def layer_of(name: str) -> int | None:
@@ -77,6 +124,27 @@ def spellings(names: Iterable[str], config: Gemma3Config) -> list[str]:
     """
     canonical = dict.fromkeys(names)
     return [*canonical, *(n for n, match in _aliases(config).items() if match.name in canonical and n not in canonical)]
+
+
+def rows_named(part: str) -> tuple[Site, ...]:
+    """The rows of the table that have a name with this part, in the table's order.
+
+    Args:
+        part: text, or a glob as in `select`; the number of a layer stands for any layer.
+
+    Raises:
+        UnknownSite: no row has; the message lists the nearest names.
+
+    >>> [row.name for row in rows_named("blocks.3.hook_resid_p*")]
+    ['blocks.{i}.hook_in', 'blocks.{i}.hook_out']
+    """
+    wanted = re.sub(r"(?<=\.)\d+(?=\.|$)", "{i}", _one_prefix(part))
+    wanted = re.sub(r"\bdense_\d+", "dense_{j}", wanted)
+    rows = {alias: row for row in (*SITES, *HEAD_SITES) for alias in (row.name, row.legacy, row.hf) if alias}
+    found = matching(f"**{wanted}**", rows)
+    if not found:
+        raise UnknownSite(f"no site has {part!r} in its name; {_nearest(wanted, rows)}")
+    return tuple(dict.fromkeys(rows[alias] for alias in found))
 
 
 def get_act_name(

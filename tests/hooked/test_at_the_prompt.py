@@ -1,6 +1,7 @@
 """What a person sees at the prompt: descriptions, completion, and errors for the names of TransformerLens."""
 
 import functools
+import pickle
 import re
 
 import jax
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 
 import gemma3_jax
-from gemma3_jax import TINY, ActivationCache, HookedGemma3, analysis, edits, reductions
-from gemma3_jax.elsewhere import REMEDIES
+from gemma3_jax import TINY, ActivationCache, Hook, HookedGemma3, analysis, edits, reductions
+from gemma3_jax.elsewhere import ARGUMENTS, REMEDIES
 from gemma3_jax.placing import make_mesh
 from gemma3_jax.sites.names import resolve
 
@@ -77,11 +78,38 @@ def test_completion_offers_every_name_of_the_captured_sites():
     assert all(cache[name].size for name in offered)
 
 
+@pytest.mark.parametrize("asked", [RESID, "**", lambda name: name.endswith("hook_resid_post")])
+def test_keys_are_found_by_the_name_that_was_asked_for(asked):
+    """In loops over the cache, `keys` and `items`, also of gradients and after `jit`; keys are canonical names."""
+    _, cache = tiny().run_with_cache("ba ke lo", asked, incl_bwd=True)
+    expected = [f"blocks.{i}.hook_out" for i in range(4)]
+    for each in (
+        cache,
+        cache.grads,
+        jax.jit(lambda cache: cache)(cache),
+        cache.numpy(),
+        pickle.loads(pickle.dumps(cache)),
+    ):
+        for found in (
+            [name for name in each if "resid_post" in name],
+            [name for name in each.keys() if name.endswith("hook_resid_post")],
+            [name for name, _ in each.items() if name.startswith("blocks.") and "hook_resid_post" in name],
+        ):
+            assert found == expected
+            assert [type(name) is str or str(name) for name in found] == expected
+            assert all(each[name].shape == (1, 4, 96) for name in found)
+        assert [name for name in each if "nonsense" in name or name.endswith("resid_pre_")] == []
+    plain = dict(cache)
+    assert set(expected) <= set(plain)
+    assert plain["blocks.1.hook_out"] is cache["blocks.1.hook_resid_post"]
+
+
 # --- names of TransformerLens -----------------------------------------------------------------------------------------
 
 OWNERS = {
     "HookedGemma3": tiny,
     "ActivationCache": lambda: ActivationCache(tiny().config, {}),
+    "Hook": lambda: Hook("blocks.0.hook_out", 0, jnp.zeros((1, 2), jnp.int32)),
     "Gemma3Config": lambda: tiny().config,
 }
 
@@ -100,6 +128,21 @@ def test_a_name_from_elsewhere_says_what_to_write(kind, name):
     assert first is None or hasattr(owner, first[1])
 
 
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_an_argument_from_elsewhere_says_what_to_write(name):
+    """In every method that loads or runs a model; the names in the remedy exist."""
+    model = tiny()
+    for method in (model.from_pretrained, model, model.run_with_cache, model.run_with_hooks, model.generate):
+        with pytest.raises(TypeError, match=re.escape(f"{name}: {ARGUMENTS[name]} (see docs/migration.md)")):
+            method("ba ke", **{name: None})
+    known = {"analysis": analysis, "gemma3_jax": gemma3_jax, "model": model, "HookedGemma3": HookedGemma3}
+    for where, attribute in re.findall(r"\b(analysis|gemma3_jax|model|HookedGemma3)\.(\w+)", ARGUMENTS[name]):
+        assert hasattr(known[where], attribute), (where, attribute)
+    with pytest.raises(TypeError, match="nonsense") as error:  # control: Python's own error for other names
+        model.run_with_cache("ba ke", nonsense=None)
+    assert "migration" not in str(error.value)
+
+
 def test_other_names_are_missing_as_everywhere():
     """No remedy is made up, and Python's own suggestion works."""
     for make in OWNERS.values():
@@ -107,6 +150,25 @@ def test_other_names_are_missing_as_everywhere():
             _ = make().nonsense
         assert error.value.name == "nonsense"
         assert not hasattr(make(), "__jax_array__")
+
+
+@pytest.mark.parametrize(
+    ("hook", "says"),
+    [
+        (lambda value, hook: value * hook.layer(), r"hook\.layer \(see docs/migration\.md\)"),
+        (lambda value, hook: value * hook.ctx["x"], r"Hook has no ctx: .*names_filter.* \(see docs/migration\.md\)"),
+    ],
+)
+def test_idioms_of_hooks_say_what_to_write(hook, says):
+    """In one line, from inside a run; the attribute itself works."""
+    with pytest.raises((TypeError, AttributeError)) as error:
+        tiny().run_with_hooks("ba ke", (RESID, hook))
+    assert re.search(says, "\n".join([str(error.value), *error.value.__notes__]))
+    with pytest.raises(ValueError, match="shape") as other:
+        tiny().run_with_hooks("ba ke", (RESID, lambda value, hook: value[0]))
+    assert "migration" not in str(other.value)
+    scaled = tiny().run_with_hooks("ba ke", ("blocks.1.hook_resid_post", lambda value, hook: value * hook.layer))
+    np.testing.assert_allclose(scaled, tiny()("ba ke"), rtol=1e-4, atol=1e-4)
 
 
 def test_single_tokens():

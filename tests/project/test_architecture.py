@@ -14,7 +14,8 @@ ROOMS = {
     "atomic": ("files and directories that are written whole or not at all", ""),
     "reading": ("files that others wrote, which may be damaged or hostile: JSON and safetensors", "messages"),
     "elsewhere": ("names of TransformerLens that are missing here, and what to write", ""),
-    "config": ("the shape of a model", "messages elsewhere"),
+    "descriptions": ("what objects say of themselves at the prompt and in notebooks", ""),
+    "config": ("the shape of a model", "messages elsewhere descriptions"),
     "kept": ("what is kept on disk from one process to the next", ""),
     "types": ("short names of the types in signatures", ""),
     "extras": ("optional packages, and the error where one is missing", ""),
@@ -31,7 +32,7 @@ ROOMS = {
     "sites": ("the names of everything that can be captured or edited", "config"),
     "hooks": (
         "what happens at a site: interception, edits, reductions, the tracing of users' functions",
-        "config types positions meshes inputs compute sites",
+        "elsewhere config types positions meshes inputs compute sites",
     ),
     "edits": ("the public names of `hooks.edits`", "hooks"),
     "reductions": ("the public names of `hooks.reductions`", "hooks"),
@@ -45,7 +46,7 @@ ROOMS = {
     ),
     "cache": (
         "what comes out of a run, and the arithmetic of the residual stream",
-        "atomic reading elsewhere config types processes meshes compute sites model",
+        "atomic reading elsewhere descriptions config types processes meshes inputs compute sites model",
     ),
     "run": (
         "one request, the forward pass, gradients",
@@ -53,7 +54,7 @@ ROOMS = {
     ),
     "generation": (
         "the KV cache, reading a prompt, writing tokens, sampling",
-        "config types positions meshes inputs sites hooks model cache run",
+        "descriptions config types positions meshes inputs sites hooks model cache run",
     ),
     "placing": (
         "how parameters are cut over a mesh; whether a run fits a machine",
@@ -61,12 +62,12 @@ ROOMS = {
     ),
     "hooked": (
         "`HookedGemma3`, the interactive interface",
-        "messages reading elsewhere config types positions meshes inputs sites hooks model conversion cache run "
-        "generation placing",
+        "messages reading elsewhere descriptions config types positions meshes inputs sites hooks model conversion "
+        "cache run generation placing",
     ),
     "analysis": (
         "patching, sweeps, attribution, lenses, circuits",
-        "config types renamed positions meshes inputs compute sites hooks model cache run hooked",
+        "descriptions config types renamed positions meshes inputs compute sites hooks model cache run hooked",
     ),
     "pictures": ("heatmaps, coloured texts and maps, as HTML and PNG", "atomic config extras sites"),
     "parity": ("the comparison with Hugging Face, in torch", "config types extras sites model conversion run"),
