@@ -7,6 +7,8 @@ from gemma3_jax import Gemma3Config
 from gemma3_jax.cli.sites import sites_markdown
 from gemma3_jax.conversion.gemma3 import entries
 from gemma3_jax.conversion.transforms import Rearrange
+from gemma3_jax.pictures import block_map
+from gemma3_jax.pictures.with_svg import svg
 from gemma3_jax.sites.table import SITES
 
 DOCS = Path(__file__).parent
@@ -66,7 +68,17 @@ their `hook_in` is [b, p, heads, d]. If you edit `hook_attn_in`, each query head
 the sites of k and v have h heads in place of g. The norms of q and k undo an edit that only scales. For example, an
 edit of `ln1.hook_scale` changes the values but not the scores.
 
+`gemma3_jax.pictures.block_map()` draws the sites of a block, in the order in which they are computed:
+
+![The sites of a block](block.svg)
+
 {sites_markdown()}"""
+
+
+def block_picture() -> str:
+    """docs/block.svg."""
+    drawn = block_map()
+    return svg(drawn.drawing(), drawn.title)
 
 
 def conversion_page() -> str:
@@ -287,5 +299,6 @@ above it in this table. `conversion`, at the top level, has the public names of 
 if __name__ == "__main__":
     (DOCS.parent / "ARCHITECTURE.md").write_text(architecture_page())
     (DOCS / "sites.md").write_text(sites_page())
+    (DOCS / "block.svg").write_text(block_picture())
     (DOCS / "conversion.md").write_text(conversion_page())
     (DOCS / "migration.md").write_text(migration_page())

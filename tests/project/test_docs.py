@@ -45,6 +45,12 @@ def test_generated_pages_are_current(page):
     assert (ROOT / "docs" / f"{page}.md").read_text() == generate[f"{page}_page"]()
 
 
+def test_the_picture_of_a_block_is_current():
+    """docs/sites.md shows every site of the table."""
+    generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    assert (ROOT / "docs" / "block.svg").read_text() == generate["block_picture"]()
+
+
 def test_the_table_of_rooms_is_current():
     """ARCHITECTURE.md prints what `test_architecture` holds."""
     generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
