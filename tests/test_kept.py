@@ -28,7 +28,8 @@ def run(home: Path, before: str = "", folder: Path | None = None, **variables: s
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr  # XLA's own log may have lines: on some CPUs it cannot read what it wrote
     return done.stdout.strip()
 
 
