@@ -104,6 +104,7 @@ def test_the_result_of_a_prompt_is_a_table_at_the_prompt():
     assert "rank 1" in repr(prompt())
 
 
+@pytest.mark.filterwarnings("ignore:The chararray class:DeprecationWarning")  # treescope 0.1 with NumPy 2.5
 def test_treescope_shows_parameters():
     """Flax depends on treescope: it folds the tree, and has shape, dtype and range of each array."""
     text = treescope.render_to_text(tiny().params["blocks_0"]["attn"])
