@@ -124,12 +124,12 @@ def warn_of_padding(request: Request) -> None:
 
 def warn_of_constants(params: Params) -> None:
     """Warn if a function that is being compiled has large parameters as constants, so that its program copies them."""
-    # Outside of a transformation that stages operations, this is an array.
-    if not isinstance(jnp.zeros(()), jax.core.Tracer):
-        return
     leaves = jax.tree.leaves(params)
+    # Outside of a transformation that stages operations, `zeros` is an array.
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves) or not isinstance(jnp.zeros(()), jax.core.Tracer):
+        return
     size = sum(leaf.nbytes for leaf in leaves)
-    if size >= LARGE and not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if size >= LARGE:
         warnings.warn(
             f"the parameters, {size / 1e6:,.0f} MB, are constants of a function that is being compiled, which makes "
             "several copies; pass them as an argument: jax.jit(lambda params, tokens: forward(config, params, tokens))",
