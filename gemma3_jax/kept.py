@@ -21,8 +21,9 @@ def keep_programs() -> None:
     if settings.jax_compilation_cache_dir is not None or not settings.jax_enable_compilation_cache:
         return
     try:
-        cache_directory().mkdir(parents=True, exist_ok=True)
-    except OSError:
+        directory = cache_directory()
+        directory.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: the user of a container may have no home at all
         return
-    if os.access(cache_directory(), os.W_OK):
-        jax.config.update("jax_compilation_cache_dir", str(cache_directory()))
+    if os.access(directory, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(directory))

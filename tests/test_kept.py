@@ -66,3 +66,9 @@ def test_a_home_that_cannot_be_written(tmp_path):
     """JAX would warn at each program."""
     (tmp_path / "file").write_text("")
     assert run(tmp_path / "file") == "None"
+
+
+def test_a_user_without_a_home(tmp_path):
+    """In a container, a user may have no HOME and no entry in the list of users; `Path.home` is then an error."""
+    no_home = "import os; del os.environ['XDG_CACHE_HOME']; os.environ['HOME'] = '~'"
+    assert run(tmp_path / "unused", no_home) == "None"
