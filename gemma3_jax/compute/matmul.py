@@ -1,7 +1,7 @@
 """Matrix products and their precision.
 
-XLA:CPU adds the terms of a float32 product one after the other, so its rounding error grows with the square root of
-their number, and is more than twice that of torch. So on a CPU the products of prompts add their terms in chunks, and
+XLA:CPU (except for some shapes on CPUs with AVX-512) adds the terms of a float32 product one after the other, so its
+rounding error grows with the square root of their number, and is more than twice that of torch. So on a CPU the products of prompts add their terms in chunks, and
 then add the sums of the chunks.
 """
 
