@@ -1,8 +1,8 @@
 """Matrix products and their precision.
 
-XLA:CPU (except for some shapes on CPUs with AVX-512) adds the terms of a float32 product one after the other, so its
-rounding error grows with the square root of their number, and is more than twice that of torch. So on a CPU the products of prompts add their terms in chunks, and
-then add the sums of the chunks.
+XLA:CPU adds the terms of a float32 product one after the other (for some shapes, on CPUs with AVX-512, in pieces of
+512), so its rounding error grows with the square root of their number, and is more than twice that of torch. So on a
+CPU the products of prompts add their terms in chunks, and then add the sums of the chunks.
 """
 
 import functools

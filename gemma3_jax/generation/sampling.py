@@ -172,25 +172,50 @@ def draw(logits: jax.Array, seen: jax.Array | None, keys: jax.Array, how: Sampli
 
 
 def keep_likely(logits: jax.Array, how: Sampling) -> jax.Array:
-    """[b, V]: the logits of the tokens that top-k, top-p and min-p keep, minus infinity elsewhere."""
-    if how.top_k is not None or how.top_p is not None:
-        # [b, V], the largest first
-        ranked = -jnp.sort(-logits, axis=-1)
-        likely = jnp.ones_like(ranked, bool)
-        if how.top_k is not None:
-            likely = jnp.arange(ranked.shape[-1]) < how.top_k[:, None]
-        if how.top_p is not None:
-            probabilities = jax.nn.softmax(jnp.where(likely, ranked, -jnp.inf), axis=-1)
-            # The total probability of the likelier tokens. With top_p = 1 no token is left out, even if the sum rounds
-            # to 1.
-            before = jnp.cumsum(probabilities, axis=-1) - probabilities
-            likely &= (before < how.top_p[:, None]) | (how.top_p[:, None] == 1)
-        # The likeliest token stays, even if top_p is so small that it is flushed to 0.
-        rank = jnp.maximum(jnp.sum(likely, axis=-1, keepdims=True) - 1, 0)
-        last = jnp.take_along_axis(ranked, rank, axis=-1)
-        logits = jnp.where(logits >= last, logits, -jnp.inf)
+    """[b, V]: the logits of the tokens that top-k, top-p and min-p keep, minus infinity elsewhere.
+
+    Tokens with the same logit are kept or left out together, and the likeliest token always stays.
+    """
+    if how.top_k is not None:
+        k = how.top_k[:, None]
+        logits = _above_cutoff(logits, lambda likelier: jnp.sum(likelier, axis=-1, keepdims=True) < k)
+    if how.top_p is not None:
+        p, probabilities = how.top_p[:, None], jax.nn.softmax(logits, axis=-1)
+
+        def reached(likelier: jax.Array) -> jax.Array:
+            total = jnp.sum(jnp.where(likelier, probabilities, 0), axis=-1, keepdims=True)
+            # With top_p = 1 no token is left out, even if the sum rounds to 1.
+            return (total < p) | (p == 1)
+
+        logits = _above_cutoff(logits, reached)
     if how.min_p is not None:
         top = jnp.max(logits, axis=-1, keepdims=True)
         # p >= min_p * p_max, in logs
         logits = jnp.where(logits >= top + jnp.log(how.min_p[:, None]), logits, -jnp.inf)
     return logits
+
+
+def _above_cutoff(logits: jax.Array, keeps: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """[b, V]: the logits from a row's cutoff up, minus infinity elsewhere.
+
+    The cutoff is the lowest value that `keeps`, which must hold from there up, is true of. A bisection over the bits of
+    a float32 finds it. It reads the row 32 times, which takes a tenth of the time of sorting a row of 262,144 on a CPU,
+    and on a mesh it adds single numbers over the devices where a sort would gather the rows.
+
+    Args:
+        logits: [b, V] float32.
+        keeps: from the mask of the tokens that are likelier than a value, [b, V], to whether it is kept, [b, 1].
+    """
+    bits = jax.lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits), jnp.int32)  # 0 and -0 are one value
+    order = jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)  # ordered as the logits are
+    # from below every logit to the largest: nothing is likelier than that, and it always stays
+    low, high = jnp.full_like(order[:, :1], jnp.iinfo(jnp.int32).min), jnp.max(order, axis=-1, keepdims=True)
+
+    def halve(_: int, between: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = between
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)  # their sum may not fit in 32 bits
+        kept = keeps(order > middle)
+        return jnp.where(kept, low, middle), jnp.where(kept, middle, high)
+
+    _, cutoff = jax.lax.fori_loop(0, 32, halve, (low, high))
+    return jnp.where(order >= cutoff, logits, -jnp.inf)

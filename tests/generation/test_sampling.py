@@ -10,6 +10,9 @@ import pytest
 import scipy.stats
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from gemma3_jax.generation.loop import generate
 from gemma3_jax.generation.sampling import draw, keep_likely, row_keys, sampling
@@ -19,6 +22,7 @@ from tests.helpers.random_models import random_tokens
 DRAWS = 20_000
 # [V]: likely tokens and a long tail, two of them equal
 LOGITS = np.concatenate([[2.0, 2.0, 1.7, 1.2, 0.9, 0.4], np.linspace(0, -3, 14)]).astype(np.float32)
+_KEEP = jax.jit(keep_likely)
 FILTERS = {"top_k": 5, "top_p": 0.8, "min_p": 0.3}
 COMBINATIONS = [
     {"temperature": temperature, **dict(chosen)}
@@ -115,6 +119,32 @@ def test_the_penalty_is_that_of_transformers():
         ours = draw(jnp.asarray(logits), jnp.asarray(seen), row_keys(0, 2), how)
         np.testing.assert_array_equal(ours, theirs.argmax(-1))
     assert (theirs.argmax(-1).numpy() != logits.argmax(-1)).any()  # control: it changes something
+
+
+def sorted_cutoff(logits, k, p):
+    """[V] bool, in float64: what top-k and then top-p keep of a row, by sorting it."""
+    kept = logits >= np.sort(logits)[::-1][min(k, len(logits)) - 1]
+    probabilities = np.where(kept, np.exp(np.asarray(logits, np.float64) - logits.max()), 0)
+    probabilities /= probabilities.sum()
+    likelier = np.array([probabilities[logits > each].sum() for each in logits])
+    return kept & (likelier < p)
+
+
+@given(
+    logits=hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(-30, 30, width=16)),
+    k=st.integers(1, 50),
+    p=st.sampled_from([0.0513, 0.307, 0.617, 0.937]),
+)
+@settings(deadline=None, max_examples=60)
+def test_the_cutoff_is_that_of_a_sorted_row(logits, k, p):
+    """Of any sign and size, with ties, and with tokens that a caller excluded."""
+    logits = np.append(logits, np.float32(-np.inf))
+    row = np.full(64, -np.inf, np.float32)  # one shape, so one program
+    row[: len(logits)] = logits
+    how = sampling(1, temperature=1.0, top_k=k, top_p=p)
+    found = np.asarray(_KEEP(row[None], how))[0]
+    np.testing.assert_array_equal(np.isfinite(found), sorted_cutoff(row, k, p) & np.isfinite(row))
+    np.testing.assert_array_equal(found[np.isfinite(found)], row[np.isfinite(found)])
 
 
 def test_a_top_p_of_one_keeps_every_token():

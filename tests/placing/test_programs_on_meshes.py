@@ -5,11 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma3_jax import forward, meshes
 from gemma3_jax.compute import platforms
 from gemma3_jax.generation.decode import go_on, read
 from gemma3_jax.generation.loop import begin
+from gemma3_jax.generation.sampling import draw, row_keys, sampling
 from tests.placing.on_meshes import LAYERS, TOKENS, by_rows, collectives, config, mesh_of, on, params, size_of
 
 
@@ -55,6 +57,23 @@ def test_generation_adds_up_twice_a_layer(g, dtype, b):
         writing = jax.jit(go_on).lower(bounds.params, task, text, jnp.int32(new - 1))
     assert adds_up_twice_a_layer(reading.compile(), b, prompt.shape[1])
     assert adds_up_twice_a_layer(writing.compile(), b, 1)
+
+
+def collectives_of(draw_token, b=2, v=1024):
+    """Those of a function of logits, [b, v], whose vocabulary is cut over the eight devices, and of the rows' keys."""
+    cut = NamedSharding(mesh_of(8), PartitionSpec(None, "model"))
+    logits = jax.ShapeDtypeStruct((b, v), jnp.float32, sharding=cut)
+    return collectives(jax.jit(draw_token).lower(logits, row_keys(0, b)).compile())
+
+
+def test_sampling_gathers_no_logits():
+    """Every filter, and the draw itself, find their token by sums over the devices of a few numbers a row."""
+    how = sampling(2, temperature=1.0, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.2)
+    found = collectives_of(lambda logits, keys: draw(logits, logits > 1, keys, how))
+    assert found
+    assert max(size_of(shape) for _, shape in found) < 2 * 1024 * 4 / 8
+    sorting = collectives_of(lambda logits, keys: jnp.sort(logits))  # the negative control
+    assert max(size_of(shape) for _, shape in sorting) >= 2 * 1024 * 4 / 8
 
 
 def test_rows_are_shared_out():
