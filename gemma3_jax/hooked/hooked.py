@@ -32,7 +32,7 @@ from gemma3_jax.hooked.rows import rows_on_mesh, with_more_rows
 from gemma3_jax.hooked.tokenizer import Input
 from gemma3_jax.inputs import Inputs
 from gemma3_jax.meshes import mesh_of
-from gemma3_jax.model.layout import is_stacked, stack_layers
+from gemma3_jax.model.layout import is_stacked, stack_and_empty, stack_layers
 from gemma3_jax.placing.parameters import param_shardings, place
 from gemma3_jax.run.compiled import run_compiled
 from gemma3_jax.run.gradients import Metric, differentiable, scalar
@@ -125,7 +125,7 @@ class HookedGemma3(Described):
             dtype: "float32", "bfloat16", or None for the stored dtype; float16 is loaded in float32, and quantised
                 weights in bfloat16.
             revision: branch, tag or commit on the hub.
-            scan_layers: stack the parameters, see `HookedGemma3`; stacking needs twice their memory.
+            scan_layers: stack the parameters, see `HookedGemma3`; this takes one weight of all layers more memory.
             mesh: place the parameters on this mesh, see `HookedGemma3`.
             tokenizer: a tokenizer to use in place of the checkpoint's, or the directory or hub id of one.
             first_n_layers: load only these layers. Captures, edits and gradients in them are those of the whole model.
@@ -160,7 +160,9 @@ class HookedGemma3(Described):
         )
         config = dataclasses.replace(config, allow_truncated_logits=allow_truncated_logits)
         # The parameters are on the mesh already; only stacked ones are placed again.
-        return cls(config, params, text_tokenizer, scan_layers=scan_layers, mesh=mesh if scan_layers else None)
+        params = dict(params)
+        params = stack_and_empty(config, params) if scan_layers else params
+        return cls(config, params, text_tokenizer, mesh=mesh if scan_layers else None)
 
     @classmethod
     def from_hf(
@@ -186,7 +188,9 @@ class HookedGemma3(Described):
         Raises:
             ConfigError, CheckpointError: the model is not a Gemma 3, or its weights cannot be converted.
         """
-        return cls(*convert_model(model, dtype), tokenizer, scan_layers=scan_layers, mesh=mesh)
+        config, params = convert_model(model, dtype)
+        params = dict(params)
+        return cls(config, stack_and_empty(config, params) if scan_layers else params, tokenizer, mesh=mesh)
 
     def tree_flatten_with_keys(self) -> tuple[list[tuple[Hashable, Params]], tuple[Gemma3Config, Tokenizer | None]]:
         return [(jax.tree_util.GetAttrKey("params"), self.params)], (self.config, self.tokenizer)

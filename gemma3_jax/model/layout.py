@@ -7,6 +7,8 @@ whatever l is. Sliding and full layers have weights of the same shapes, and diff
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,11 +47,28 @@ def stack_layers(config: Gemma3Config, params: Params) -> Params:
     >>> sorted(stacked), stacked["blocks"]["mlp"]["in"]["weight"].shape
     (['blocks', 'embed', 'ln_final'], (4, 96, 192))
     """
+    return stack_and_empty(config, dict(params))
+
+
+def stack_and_empty(config: Gemma3Config, params: dict[str, Any]) -> Params:
+    """As `stack_layers`, but takes the blocks out of `params`.
+
+    Memory: a second copy of one weight of all layers, if nothing else holds the blocks.
+    """
     check_layout(config, params)
     if is_stacked(params):
         return dict(params)
     names = [block_key(layer) for layer in range(config.num_hidden_layers)]
-    return {key: value for key, value in params.items() if key not in names} | {BLOCKS: _stack(params, names)}
+    structure = jax.tree.structure(params[names[0]])
+    blocks = [jax.tree_util.tree_leaves_with_path(params.pop(name)) for name in names]
+    paths = [[path for path, _ in block] for block in blocks]
+    if other := [name for name, each in zip(names, paths, strict=True) if each != paths[0]]:
+        raise ValueError(f"params[{other[0]!r}] has other parameters than params[{names[0]!r}]")
+    weights = [[leaf for _, leaf in layers] for layers in zip(*blocks, strict=True)]  # [weights of a block][layers]
+    del blocks
+    weights.reverse()  # each weight leaves the list before it is stacked, and so its layers are freed before the next
+    stacked = [_stack(names, path, weights.pop()) for path in paths[0]]
+    return params | {BLOCKS: jax.tree.unflatten(structure, stacked)}
 
 
 def unstack_layers(config: Gemma3Config, params: Params) -> Params:
@@ -113,20 +132,16 @@ def check_layout(config: Gemma3Config, params: Params) -> None:
             raise ValueError(f"params['blocks']: {where} has shape {jnp.shape(leaf)}; this config has {layers} layers")
 
 
-def _stack(params: Params, names: list[str]) -> Params:
-    """The blocks with those names as one pytree with leaves [l, ...]."""
-
-    def stack(path: tuple[DictKey, ...], *leaves: np.ndarray | jax.Array) -> jax.Array:
-        for name, leaf in zip(names, leaves, strict=True):
-            if (leaf.shape, leaf.dtype) != (leaves[0].shape, leaves[0].dtype):
-                where = "/".join(key.key for key in path)
-                raise ValueError(
-                    f"{name}/{where} is {leaf.dtype} of shape {leaf.shape}, {names[0]}/{where} {leaves[0].dtype} of "
-                    f"shape {leaves[0].shape}; stacked blocks must have equal shapes and dtypes"
-                )
-        return _stacked(leaves)
-
-    return jax.tree_util.tree_map_with_path(stack, *(params[name] for name in names))
+def _stack(names: list[str], path: tuple[DictKey, ...], layers: list[np.ndarray | jax.Array]) -> jax.Array:
+    """One weight of the blocks with those names, as [l, ...]; `path` is its place in them."""
+    where = "/".join(key.key for key in path)
+    for name, leaf in zip(names, layers, strict=True):
+        if (leaf.shape, leaf.dtype) != (layers[0].shape, layers[0].dtype):
+            raise ValueError(
+                f"{name}/{where} is {leaf.dtype} of shape {leaf.shape}, {names[0]}/{where} {layers[0].dtype} of "
+                f"shape {layers[0].shape}; stacked blocks must have equal shapes and dtypes"
+            )
+    return _stacked(layers)
 
 
 _stacked = jax.jit(jnp.stack)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import weakref
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conversion import export_checkpoint, load_params, save_params
+from conversion import convert_checkpoint, export_checkpoint, load_params, save_params
 from gemma3_jax import (
     TINY,
     Gemma3,
@@ -23,6 +24,8 @@ from gemma3_jax import (
 )
 from gemma3_jax.analysis import fold_ln, ov_circuit
 from gemma3_jax.cache.residual import HEADS
+from gemma3_jax.hooked import hooked
+from gemma3_jax.model import layout
 from tests.helpers.small_model import TOKENS, difference
 from tests.model.stacked_model import BOUND, FULL, LOCAL, both, plain, worst
 
@@ -55,6 +58,30 @@ def test_plain_linen_has_the_same():
     assert difference(out[3], plain()[1]["blocks.3.mlp.hook_out"]) < BOUND
     with pytest.raises(ValueError, match="stack_layers"):
         model.apply({"params": params}, TOKENS)
+
+
+def test_from_pretrained_frees_the_layers_of_each_weight(monkeypatch):
+    """Before it stacks the next weight; `stack_layers`, the negative control, leaves all of them to its caller."""
+    blocks, alive, stack = [], [], layout._stacked
+
+    def watched(config, params):
+        blocks.extend(map(weakref.ref, jax.tree.leaves([params[f"blocks_{i}"] for i in range(4)])))
+        return layout.stack_and_empty(config, params)
+
+    def count(layers):
+        alive.append(sum(each() is not None for each in blocks))
+        return stack(layers)
+
+    monkeypatch.setattr(layout, "_stacked", count)
+    monkeypatch.setattr(hooked, "stack_and_empty", watched)
+    model = HookedGemma3.from_pretrained(TINY, scan_layers=True)
+    weights = len(jax.tree.leaves(model.params["blocks"]))
+    assert alive == [4 * left for left in range(weights, 0, -1)]
+    alive.clear()
+    config, params = convert_checkpoint(TINY)
+    blocks[:] = map(weakref.ref, jax.tree.leaves([params[f"blocks_{i}"] for i in range(4)]))
+    stack_layers(config, params)
+    assert alive == [4 * weights] * weights
 
 
 @pytest.mark.parametrize("stop", [None, 1], ids=["scanned", "one layer"])
