@@ -1,27 +1,35 @@
-"""Adapters that PEFT writes, merged at load, equal PEFT's own `merge_and_unload`; wrong ones are one clear line."""
+"""Adapters that PEFT writes, merged at load, equal PEFT's own `merge_and_unload`."""
 
-import dataclasses
-import json
 import logging
 import shutil
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from conversion import (
     CheckpointError,
     convert_checkpoint,
-    convert_state_dict,
     export_checkpoint,
     load_params,
     save_params,
 )
-from gemma3_jax import Gemma3Config, HookedGemma3
+from gemma3_jax import HookedGemma3
 from gemma3_jax.conversion.lora import lora_delta
+from tests.conversion.adapter_files import (
+    LORA,
+    edit_config,
+    edit_weights,
+    hf,
+    lora,
+    merged,
+    near,
+    of_hf,
+    trained,
+    unequal,
+    write_base,
+)
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -29,32 +37,6 @@ transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns about tied embeddings and unused options
 
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LORA = {
-    "plain": {"target_modules": ["q_proj", "down_proj"], "r": 4, "lora_alpha": 7},
-    "all_linear": {"target_modules": "all-linear", "r": 3},
-    "regex": {"target_modules": r".*layers\.[02]\.(self_attn\.q|mlp\.up)_proj"},
-    "rslora": {"target_modules": ["v_proj"], "r": 8, "use_rslora": True},
-    "dora": {"target_modules": ALL, "r": 4, "use_dora": True},
-    "layers": {"target_modules": ["q_proj", "o_proj"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
-    "patterns": {
-        "target_modules": ["q_proj", "k_proj"],
-        "rank_pattern": {"k_proj": 2, r"layers\.1\.self_attn\.q_proj": 5},
-        "alpha_pattern": {"model.layers.0.self_attn.q_proj": 3},
-    },
-    "excluded": {"target_modules": ALL, "exclude_modules": r".*\.1\..*"},
-    "fan_in_fan_out": {"target_modules": ["q_proj"], "fan_in_fan_out": True},
-    "embedding": {"target_modules": ["embed_tokens", "q_proj"], "r": 4},
-    "dora_embedding": {"target_modules": ["embed_tokens"], "use_dora": True},
-    "unembedding": {"target_modules": ["lm_head", "q_proj"], "r": 4},
-    "saved_unembedding": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-    "saved_embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
-    "saved_both": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
-    "saved_tied": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
-    "saved_norms": {"target_modules": ["q_proj"], "modules_to_save": ["norm", "input_layernorm"]},
-    "saved_mlp": {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]},
-    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
-}
 OTHERS = {
     "ia3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "loha": lambda: peft.LoHaConfig(target_modules=["q_proj", "up_proj"], r=3, alpha=5),
@@ -65,82 +47,7 @@ OTHERS = {
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A random tied model of three layers, with a tokenizer nowhere."""
-    torch.manual_seed(0)
-    config = transformers.Gemma3TextConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, sliding_window=8, query_pre_attn_scalar=16, eos_token_id=[1, 5],
-    )  # fmt: skip
-    directory = tmp_path_factory.mktemp("base")
-    transformers.Gemma3ForCausalLM(config).save_pretrained(directory)
-    return directory
-
-
-def hf(base, dtype="float32"):
-    return transformers.Gemma3ForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
-
-
-def trained(base, directory, config, model=None):
-    """Write an adapter whose weights are random."""
-    torch.manual_seed(1)
-    tuned = peft.get_peft_model(hf(base) if model is None else model, config)
-    with torch.no_grad():
-        for parameter in tuned.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    tuned.save_pretrained(directory)
-    return directory
-
-
-def lora(base, directory, **options):
-    return trained(base, directory, peft.LoraConfig(**options))
-
-
-def of_hf(model, dtype=None):
-    """Config and parameters of a model that PEFT has merged, whose config may still say that it is tied."""
-    tied = torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight)
-    config = dataclasses.replace(Gemma3Config.from_hf(model.config), tie_word_embeddings=tied)
-    return config, convert_state_dict(model.state_dict(), config, dtype)
-
-
-def merged(base, adapter, dtype):
-    return of_hf(peft.PeftModel.from_pretrained(hf(base, dtype), adapter).merge_and_unload())
-
-
-def unequal(ours, theirs, ulps=0):
-    """The parameters that differ by more than this many units of 2**-23, relative to the largest magnitude."""
-    ours, theirs = (flax.traverse_util.flatten_dict(params) for params in (ours, theirs))
-    assert ours.keys() == theirs.keys()
-    assert {path: leaf.dtype for path, leaf in ours.items()} == {path: leaf.dtype for path, leaf in theirs.items()}
-    names = []
-    for path, leaf in ours.items():
-        a, b = np.asarray(leaf, np.float32), np.asarray(theirs[path], np.float32)
-        if np.any(np.abs(a - b) > ulps * 2.0**-23 * np.abs(b).max()):
-            names.append("/".join(path))
-    return names
-
-
-def near(ours, theirs, terms):
-    """Whether parameters are equal but for the order in which torch adds these many products; its CPU chooses it.
-
-    Each addition rounds float32 once. In bfloat16, the last step of one number in a thousand may then be another.
-    """
-    if all(leaf.dtype != jnp.bfloat16 for leaf in jax.tree.leaves(ours)):
-        return unequal(ours, theirs, ulps=terms) == []
-    pairs = [(np.float32(a), np.float32(b)) for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True)]
-    one_step = all(np.all(np.abs(a - b) <= 2.0**-7 * np.abs(b)) for a, b in pairs)
-    return one_step and sum((a != b).sum() for a, b in pairs) <= sum(a.size for a, _ in pairs) / 1000
-
-
-def edit_config(adapter, **values):
-    file = adapter / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
-def edit_weights(adapter, change):
-    file = adapter / "adapter_model.safetensors"
-    tensors = safetensors.numpy.load_file(file)
-    change(tensors)
-    safetensors.numpy.save_file(tensors, file)
+    return write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -286,74 +193,6 @@ def test_first_layers_of_an_adapted_model(base, tmp_path):
     assert unequal(params, {key: value for key, value in right.items() if key != "blocks_2"}) == []
 
 
-def _pickled(adapter):
-    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-
-
-WRONG = {
-    "pickle": (_pickled, "adapter_model.bin is not read.*save_pretrained"),
-    "no weights": (lambda a: (a / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
-    "no config": (lambda a: (a / "adapter_config.json").unlink(), "has no adapter_config.json"),
-    "not JSON": (lambda a: (a / "adapter_config.json").write_text("{"), "adapter_config.json is not valid JSON"),
-    "other type": (lambda a: edit_config(a, peft_type="OFT"), "peft_type is 'OFT'.*merge_and_unload.*save_pretrained"),
-    "no type": (lambda a: edit_config(a, peft_type=None), "peft_type is None"),
-    "pissa": (lambda a: edit_config(a, init_lora_weights="pissa"), "'pissa', with which PEFT changes the base"),
-    "variant": (lambda a: edit_config(a, use_qalora=True), "sets use_qalora"),
-    "rank": (lambda a: edit_config(a, r=4), r"lora_A.weight has shape \[8, 32\].*require \[4, 32\]"),
-    "no rank": (lambda a: edit_config(a, r=0), "r is 0; it must be a positive integer"),
-    "alpha": (lambda a: edit_config(a, lora_alpha="x"), "lora_alpha of .* is 'x'"),
-    "pattern": (lambda a: edit_config(a, rank_pattern={"(": 1}), r"pattern .* is not valid"),
-    "not targeted": (lambda a: edit_config(a, target_modules=["v_proj"]), "but adapter_model.safetensors"),
-    "fewer layers": (lambda a: edit_config(a, layers_to_transform=[0]), "does not target .*layers.[12]"),
-    "not saved": (lambda a: edit_config(a, modules_to_save=["lm_head"]), "lm_head in modules_to_save.*lacks"),
-    "no dora": (lambda a: edit_config(a, use_dora=True), "lacks lora_magnitude_vector"),
-    "half": (lambda a: edit_weights(a, lambda t: t.pop(next(k for k in t if "lora_B" in k))), "lacks lora_B.weight"),
-    "empty": (lambda a: edit_weights(a, lambda t: t.clear()), "has no tensors"),
-    "other key": (lambda a: edit_weights(a, lambda t: t.update(x=np.ones(1))), "has x, which this library does not"),
-    "deeper": (
-        lambda a: edit_weights(a, lambda t: t.update({k.replace("rs.2", "rs.9"): v for k, v in t.items()})),
-        "weights for model.layers.9.self_attn.q_proj, which the base model does not have",
-    ),
-    "wider": (
-        lambda a: edit_weights(a, lambda t: t.update({k: np.ones((8, 40), "f") for k in t if "lora_A" in k})),
-        r"has shape \[8, 40\].*require \[8, 32\]",
-    ),
-    "NaN": (
-        lambda a: edit_weights(a, lambda t: t.update({k: np.nan * v for k, v in t.items() if "lora_A" in k})),
-        r"adapter_model.safetensors: .*lora_A.weight has NaN or infinity, first at \[0, 0\]",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_adapter_is_one_line(base, tmp_path, name):
-    """Each fault is one line that names the file, and nothing is loaded."""
-    adapter = lora(base, tmp_path / "adapter", target_modules=["q_proj"])
-    break_it, message = WRONG[name]
-    break_it(adapter)
-    with pytest.raises(CheckpointError, match=message) as raised:
-        convert_checkpoint(base, adapter=adapter)
-    assert "\n" not in str(raised.value)
-
-
-def test_sources_that_cannot_be_resolved(base, tmp_path):
-    """No base, a base that is not there, a base that is the adapter, and a folder that is both."""
-    adapter = lora(base, tmp_path / "adapter", target_modules=["q_proj"])
-    for value, message in [
-        (None, "does not name a base model; give the base"),
-        ("/nowhere/model", "names its base model, but there is no directory /nowhere/model; give the base"),
-        (str(adapter), "whose base is the adapter itself"),
-    ]:
-        edit_config(adapter, base_model_name_or_path=value)
-        with pytest.raises(CheckpointError, match=message):
-            convert_checkpoint(adapter)
-    both = shutil.copytree(base, tmp_path / "both")
-    shutil.copytree(adapter, both, dirs_exist_ok=True)
-    with pytest.raises(CheckpointError, match="a whole model and an adapter"):
-        convert_checkpoint(both)
-    convert_checkpoint(both, adapter=both)
-
-
 def test_converted_parameters_take_no_adapter(base, tmp_path):
     """Parameters that were converted have other names; a merged model can be converted, saved and loaded."""
     adapter = lora(base, tmp_path / "adapter", target_modules=["q_proj"])
@@ -449,31 +288,3 @@ def test_products_without_a_cpu_backend(monkeypatch):
 
     monkeypatch.setattr(jax, "local_devices", local_devices)
     assert lora_delta(np.float32([[1, 2]]), np.float32([[3], [4]]), 0.5).tolist() == [[1.5, 3], [2, 4]]
-
-
-BACKTRACKING = r"((.|.)(.|.))*\1\d\Z"
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("target_modules", BACKTRACKING),
-        ("rank_pattern", {BACKTRACKING: 2}),
-        ("exclude_modules", BACKTRACKING),
-    ],
-)
-def test_patterns_that_backtrack_end(base, tmp_path, field, value):
-    """After a second of computing; `re` would take years."""
-    adapter = lora(base, tmp_path / "adapter", **LORA["plain"])
-    edit_config(adapter, **{field: value})
-    with pytest.raises(CheckpointError, match=r"has the pattern .*, which takes more than 1 s to match"):
-        convert_checkpoint(base, adapter=adapter)
-
-
-@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
-def test_patterns_must_be_mappings(base, tmp_path, name):
-    """A list would be read as no pattern."""
-    adapter = lora(base, tmp_path / "adapter", **LORA["plain"])
-    edit_config(adapter, **{name: ["q_proj"]})
-    with pytest.raises(CheckpointError, match=rf"{name} is \['q_proj'\]; it must map patterns to numbers"):
-        convert_checkpoint(base, adapter=adapter)
