@@ -33,7 +33,7 @@ ROOMS = {
     "sites": ("the names of everything that can be captured or edited", "config"),
     "hooks": (
         "what happens at a site: interception, edits, reductions, the tracing of users' functions",
-        "elsewhere config types positions meshes inputs compute sites",
+        "elsewhere descriptions config types positions meshes inputs compute sites",
     ),
     "edits": ("the public names of `hooks.edits`", "hooks"),
     "reductions": ("the public names of `hooks.reductions`", "hooks"),
