@@ -6,6 +6,7 @@ import dataclasses
 import html
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -61,6 +62,40 @@ def fields_of(obj: Any) -> tuple[tuple[str, str], ...]:
     """
     values = [(field.name, getattr(obj, field.name)) for field in dataclasses.fields(obj)]
     return tuple((name, arrays_text(value)) for name, value in values if value is not None)
+
+
+def call_text(obj: Any) -> str:
+    """A dataclass as the call that makes it, with long arrays by shape and dtype; without flags as they are by default.
+
+    >>> @dataclasses.dataclass
+    ... class Scale:
+    ...     factor: Any
+    ...     heads: Any = None
+    >>> call_text(Scale(np.ones(100))), call_text(Scale(2.0, np.array([0, 2])))
+    ('Scale(factor=[100] float64)', 'Scale(factor=2.0, heads=[0, 2])')
+    """
+    fields = [(field, getattr(obj, field.name)) for field in dataclasses.fields(obj)]
+    left_out = [isinstance(value, bool | None) and value is field.default for field, value in fields]
+    shown = [f"{field.name}={_value_text(x)}" for (field, x), out in zip(fields, left_out, strict=True) if not out]
+    return f"{type(obj).__name__}({', '.join(shown)})"
+
+
+def _value_text(value: Any) -> str:
+    """A value in one line: numbers, up to eight of an array, and the shape and dtype of more."""
+    if isinstance(value, Described):
+        return f"<{value._description().title}>"
+    if isinstance(value, Mapping):
+        return f"<{len(value)} entries>"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_value_text, value))}]" if len(value) <= 8 else f"<{len(value)} entries>"
+    if not hasattr(value, "shape"):
+        return repr(value)
+    has_numbers = isinstance(value, np.ndarray) or (
+        isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and value.is_fully_addressable
+    )
+    if not has_numbers or value.size > 8 or jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return arrays_text(value)
+    return repr(np.asarray(value).tolist())
 
 
 def arrays_text(value: Any) -> str:

@@ -25,12 +25,14 @@ class Inputs(NamedTuple):
         attention_mask: [b, p] int32, 1 at real tokens; None if all tokens are real.
         positions: [b, p] int32, or None to derive them from the mask.
         segment_ids: [b, p] int32, the document of each token; or None. Documents do not attend to each other.
+        labels: [b, p] int32, what a loss predicts; None for the tokens, and for runs without a loss.
     """
 
     tokens: Integers
     attention_mask: Integers | None = None
     positions: Integers | None = None
     segment_ids: Integers | None = None
+    labels: Integers | None = None
 
     @property
     def extent(self) -> Extent:

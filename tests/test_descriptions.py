@@ -3,12 +3,14 @@
 import functools
 import html.parser
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 import treescope
 
-from gemma3_jax import TINY, ActivationCache, Gemma3Config, HookedGemma3, analysis
+from gemma3_jax import TINY, ActivationCache, Gemma3Config, HookedGemma3, analysis, edits, reductions
 from gemma3_jax.descriptions import Description
 from gemma3_jax.generation.loop import Generation
 
@@ -86,6 +88,37 @@ def test_a_few_lines_and_a_table_of_the_same(kind):
     assert "array(" not in text.lower().replace("jax.array", "")
     assert all(word in " ".join(table.texts) for word in words)
     assert text.splitlines()[0] == table.texts[0]
+
+
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        (edits.Add(np.ones(96), 5.0), "Add(vector=[96] float64, scale=5.0)"),
+        (edits.Add([1.0, -2.5], 1), "Add(vector=[1.0, -2.5], scale=1)"),
+        (edits.Add(jnp.ones(3, jnp.bfloat16), relative=True), "Add(vector=[1.0, 1.0, 1.0], scale=1.0, relative=True)"),
+        (edits.Replace(jnp.float32(0.5), where=False), "Replace(value=0.5, where=False)"),
+        (
+            edits.only(edits.Scale(2), layer=1, heads=np.array([0, 2]), phase="prompt"),
+            "Only(edit=Scale(factor=2), layer=1, heads=[0, 2], phase='prompt')",
+        ),
+        (edits.Noise(jax.random.key(0), 0.1), "Noise(key=[] key<fry>, scale=0.1)"),
+        (edits.FromCache({"hook_embed": np.ones((1, 2, 3))}), "FromCache(cache=<1 entries>)"),
+        (edits.FromRow(torch.tensor([1, 0])), "FromRow(row=[2] torch.int64)"),
+        (reductions.TopK(5), "TopK(k=5)"),
+        (reductions.At([0, -1]), "At(positions=[0, -1])"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_an_edit_shows_its_numbers(edit, text):
+    """Every number that a user gave, and long arrays by shape and dtype, in one line."""
+    assert repr(edit) == text
+
+
+def test_a_traced_edit_has_a_text():
+    """Its numbers are not known: shapes and dtypes."""
+    shown = []
+    jax.jit(lambda x: shown.append(repr(edits.Scale(x))))(jnp.ones(2))
+    assert shown == ["Scale(factor=[2] float32)"]
 
 
 def test_texts_are_escaped():

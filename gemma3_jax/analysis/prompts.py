@@ -26,6 +26,7 @@ from gemma3_jax.hooked.tokenizer import Input
 from gemma3_jax.positions import packed_documents
 from gemma3_jax.run.compiled import run_compiled
 from gemma3_jax.run.forward import run
+from gemma3_jax.run.loss import counted_labels
 from gemma3_jax.run.request import Request
 from gemma3_jax.types import IntegersLike, Params
 
@@ -141,17 +142,24 @@ test_prompt.__test__ = False  # type: ignore[attr-defined] # pytest would collec
 
 
 def loss_per_token(
-    model: HookedGemma3, input: Input, attention_mask: IntegersLike | None = None, *, chunk_size: int = 128
+    model: HookedGemma3,
+    input: Input,
+    attention_mask: IntegersLike | None = None,
+    *,
+    labels: IntegersLike | None = None,
+    chunk_size: int = 128,
 ) -> jax.Array:
     """Cross-entropy of each token given the tokens before it: [b, p - 1] float32, in nats, from the second token on.
 
-    It is NaN if the token or the token before it is padding, or if the two are in different documents. The mean of the
-    other entries (`jnp.nanmean`) is the model's "loss". Where the logits are NaN, the loss is infinite.
+    It is NaN if the token or the token before it is padding, if the two are in different documents, and for labels that
+    do not count. The mean of the other entries (`jnp.nanmean`) is the model's "loss"; with `axis=1`, its
+    "loss_per_row". Where the logits are NaN, the loss is infinite.
 
     Args:
         model: the model.
         input: text, texts, or token ids.
         attention_mask: [b, p], 1 at real tokens; made for you when the input is text.
+        labels: [b, p] the tokens to predict, as in `forward`; -100 does not count.
         chunk_size: the number of positions to unembed at a time.
 
     Memory: two copies of the last residual stream [b, p, d]; 8 * b * chunk_size * V bytes for the logits, 12 under
@@ -168,12 +176,12 @@ def loss_per_token(
     >>> losses.shape, bool(losses[0, 6:].max() < losses[0, :5].min())  # it copies what it has seen
     ((1, 10), True)
     """
-    inputs = model.inputs(input, attention_mask)
+    inputs = model.inputs(input, attention_mask, return_type="loss", labels=labels)
     if inputs.tokens.shape[1] < 2:
         raise ValueError("the input has one token; a loss needs a token before it, so give at least two")
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
-    request = request_of(model, inputs, stop_at_layer=model.config.num_hidden_layers)
+    request = request_of(model, inputs, return_type="loss")
     return run_compiled(_losses, model.params, request, chunk_size=chunk_size)
 
 
@@ -185,8 +193,11 @@ def _read_answer(params: Params, request: Request, *, length: int, k: int) -> Le
 
 
 def _losses(params: Params, request: Request, *, chunk_size: int) -> jax.Array:
-    residual, _ = run(params, request)
-    config, tokens, mask = request.config, request.source, request.attention_mask
+    config, mask = request.config, request.attention_mask
+    blocks = dataclasses.replace(request, return_type="logits", stop_at_layer=config.num_hidden_layers)
+    residual, _ = run(params, blocks)
+    labels = request.source if request.labels is None else request.labels
+    counted, known, targets = counted_labels(labels, config.vocab_size)
 
     @jax.checkpoint  # without it, the gradient would store the logits of every position
     def at_positions(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -196,8 +207,9 @@ def _losses(params: Params, request: Request, *, chunk_size: int) -> jax.Array:
         return jnp.where(jnp.isnan(losses), jnp.inf, losses)
 
     # [b, p - 1, d], [b, p - 1] -> [p - 1, b]
-    by_position = jnp.swapaxes(residual[:, :-1], 0, 1), tokens[:, 1:].T
+    by_position = jnp.swapaxes(residual[:, :-1], 0, 1), targets.T
     losses = in_chunks(at_positions, by_position, chunk_size).T
+    losses = jnp.where(counted & known, losses, jnp.nan)
     documents = packed_documents(request.segment_ids, request.positions, mask)
     if mask is not None:
         real = mask.astype(bool)

@@ -21,6 +21,7 @@ from jax.typing import ArrayLike
 from tqdm.auto import tqdm
 
 from gemma3_jax.config import Gemma3Config
+from gemma3_jax.grids import Grid
 from gemma3_jax.hooked.hooked import HookedGemma3
 from gemma3_jax.hooked.requests import request_of, traced_metric
 from gemma3_jax.hooked.tokenizer import Input
@@ -93,8 +94,8 @@ def sweep(
         resume: the result of an interrupted sweep with the same arguments; the sweep does only its unfinished runs.
 
     Returns:
-        The stacked results of `metric`: a float32 NumPy array [n, ...]. After Ctrl-C, unfinished runs are NaN, and a
-        warning says so.
+        The stacked results of `metric`: a float32 NumPy array [n, ...], which shows the items of its extremes. After
+        Ctrl-C, unfinished runs are NaN, and a warning says so.
 
     Raises:
         ValueError: an item has a layer, head, position or other index that does not exist; as in `forward`.
@@ -107,7 +108,7 @@ def sweep(
     >>> sweep(model, "ba ke lo ba ke", ablated, items, lambda logits: logits[0, -1].max()).shape
     (3,)
     """
-    return measured_sweep(
+    values = measured_sweep(
         model,
         input,
         edits,
@@ -121,6 +122,19 @@ def sweep(
         progress=progress,
         resume=resume,
     )[0]
+    if not isinstance(values, np.ndarray):  # traced
+        return values
+    return Grid(values, ("run", *(f"result {i}" for i in range(1, values.ndim))), "sweep", {"run": _item_texts(items)})
+
+
+def _item_texts(items: PyTree) -> list[str]:
+    """The numbers of each item, without its arrays."""
+    leaves = jax.tree_util.tree_leaves_with_path(items, is_leaf=lambda leaf: isinstance(leaf, list | tuple))
+    named = [(jax.tree_util.keystr(path, simple=True), np.asarray(as_array(leaf))) for path, leaf in leaves]
+    columns = [[f"{name} {x:.4g}".strip() for x in leaf.tolist()] for name, leaf in named if leaf.ndim == 1]
+    texts = [", ".join(row) for row in zip(*columns, strict=True)]
+    n = len(named[0][1])
+    return [f"{i}: {text}" for i, text in enumerate(texts)] or [str(i) for i in range(n)]
 
 
 def _real_numbers(value: PyTree) -> jax.Array:

@@ -279,7 +279,7 @@ class ActivationCache(Described, Mapping[str, jax.Array]):
         >>> [cache.numpy(dtype=dtype)["resid_post", 0].dtype.name for dtype in (None, "float32")]
         ['bfloat16', 'float32']
         """
-        if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        if dtype is not None and not _is_floating(dtype):
             raise ValueError(f"dtype is {dtype!r}; it must be a floating-point dtype, such as float32")
         part = to_host if whole else own_part
         host = jax.tree.map(part, self) if spans_processes(self) else jax.device_get(self)
@@ -350,6 +350,14 @@ class ActivationCache(Described, Mapping[str, jax.Array]):
             new.tokens, new.attention_mask = change_inputs(self.tokens), change_inputs(self.attention_mask)
         new.batched = self.batched if batched is None else batched
         return new
+
+
+def _is_floating(dtype: DTypeLike) -> bool:
+    """Whether it is a floating-point dtype; other values, which may be no dtype at all, are not."""
+    try:
+        return bool(jnp.issubdtype(dtype, jnp.floating))
+    except TypeError:
+        return False
 
 
 def _cut(value: Value, index: int | slice | None, axis: int, what: str) -> Value:

@@ -12,7 +12,7 @@ from gemma3_jax.config import Gemma3Config
 from gemma3_jax.conversion import files
 from gemma3_jax.conversion.assemble import assemble
 from gemma3_jax.conversion.gemma3 import is_other_head
-from gemma3_jax.conversion.hub import locate
+from gemma3_jax.conversion.hub import locate, refuse_revision
 from gemma3_jax.conversion.plan import find_prefix
 from gemma3_jax.conversion.sources import convert_sources, locate_sources
 from gemma3_jax.conversion.tensors import of_directory, of_state_dict
@@ -110,6 +110,7 @@ def read_heads(source: str | os.PathLike[str], revision: str | None = None) -> d
     >>> read_heads(TINY)
     {}
     """
+    refuse_revision(source, revision)
     directory = locate(source, revision)
     tensors = of_directory(directory)
     prefix = find_prefix(files.read_config(directory), tensors)

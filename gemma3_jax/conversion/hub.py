@@ -54,6 +54,19 @@ def locate(source: str | os.PathLike[str], revision: str | None = None, *, files
         raise CheckpointError(f"{here}, and the model{at} is not available from the hub: {why}") from error
 
 
+def refuse_revision(source: str | os.PathLike[str], revision: str | None) -> None:
+    """Refuse a revision of what is on this machine.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    if revision is not None and os.path.lexists(source):
+        raise CheckpointError(
+            f"revision is {revision!r}, but {os.fspath(source)} is on this machine, and only a model on the hub has "
+            "revisions; leave the revision out"
+        )
+
+
 def _model_and_file(name: str) -> tuple[str, str | None]:
     """The id of a model on the hub, and the name of the GGUF file in "org/model/file.gguf".
 

@@ -23,6 +23,7 @@ from gemma3_jax.conversion.hub import (
     locate,
     not_downloaded,
     refuse_gguf_alone,
+    refuse_revision,
     remote_gguf,
     remote_headers,
 )
@@ -77,9 +78,10 @@ def locate_sources(
     something of these layers. Without `download`, only their headers are read.
 
     Raises:
-        CheckpointError: a directory or a base is not available; the source is a model and an adapter at once; or
-            `adapter` is not an adapter.
+        CheckpointError: a directory or a base is not available; the source is a model and an adapter at once, or has a
+            revision and is not on the hub; or `adapter` is not an adapter.
     """
+    refuse_revision(source, revision)
     name, wanted = source, MODEL_FILES if download and first_n_layers is None else DESCRIPTION_FILES
     base, header = _find_base(name, revision, wanted, download)
     adapters: list[Path] = []

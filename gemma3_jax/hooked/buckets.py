@@ -66,7 +66,8 @@ def in_bucket(params: Params, request: Request) -> Request | None:
     # [1, p]
     present = np.pad(np.ones_like(tokens[:1], bool), extra)
     tokens, mask = np.pad(tokens, extra, mode="edge"), np.pad(mask, extra)
-    return dataclasses.replace(request, source=tokens, attention_mask=mask, present=present)
+    labels = None if request.labels is None else np.pad(request.labels, extra, mode="edge")
+    return dataclasses.replace(request, source=tokens, attention_mask=mask, labels=labels, present=present)
 
 
 def _is_traced(tree: PyTree) -> bool:

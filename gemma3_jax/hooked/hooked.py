@@ -37,7 +37,7 @@ from gemma3_jax.placing.parameters import param_shardings, place
 from gemma3_jax.run.compiled import run_compiled
 from gemma3_jax.run.gradients import Metric, differentiable, scalar
 from gemma3_jax.run.request import Output, Request
-from gemma3_jax.run.selection import Edits, ReducedCapture, ReturnType
+from gemma3_jax.run.selection import Edits, OneArray, ReducedCapture, ReturnType
 from gemma3_jax.types import IntegersLike, Params, Tokenizer
 
 
@@ -201,9 +201,7 @@ class HookedGemma3(Described):
         return cls(aux[0], params, aux[1])
 
     @overload
-    def __call__(
-        self, input: Input, return_type: Literal["logits", "loss"] = ..., **options: Unpack[RunOptions]
-    ) -> jax.Array: ...
+    def __call__(self, input: Input, return_type: OneArray = ..., **options: Unpack[RunOptions]) -> jax.Array: ...
     @overload
     def __call__(
         self, input: Input, return_type: Literal["both"], **options: Unpack[RunOptions]
@@ -222,6 +220,7 @@ class HookedGemma3(Described):
         attention_mask: IntegersLike | None = None,
         positions: IntegersLike | None = None,
         segment_ids: IntegersLike | None = None,
+        labels: IntegersLike | None = None,
         logits_at: IntegersLike | None = None,
     ) -> Output:
         """Run the model: logits [b, p, V] float32, or the result of `return_type`. Arguments as in `run_with_cache`."""
@@ -232,6 +231,7 @@ class HookedGemma3(Described):
             attention_mask=attention_mask,
             positions=positions,
             segment_ids=segment_ids,
+            labels=labels,
             logits_at=logits_at,
         )
 
@@ -252,7 +252,7 @@ class HookedGemma3(Described):
         input: Input,
         names_filter: ReducedCapture | None = ...,
         *,
-        return_type: Literal["loss"],
+        return_type: OneArray,
         **options: Unpack[CaptureOptions],
     ) -> tuple[jax.Array, ActivationCache]: ...
     @overload
@@ -293,6 +293,7 @@ class HookedGemma3(Described):
         attention_mask: IntegersLike | None = None,
         positions: IntegersLike | None = None,
         segment_ids: IntegersLike | None = None,
+        labels: IntegersLike | None = None,
         logits_at: IntegersLike | None = None,
         remove_batch_dim: bool = False,
         pos_slice: int | slice | None = None,
@@ -307,15 +308,16 @@ class HookedGemma3(Described):
                 site, including the per-head copies of the residual stream; for a large model, name the sites that you
                 need. A mapping from names or globs to functions, of `gemma3_jax.reductions` or your own, captures the
                 results of the functions.
-            return_type: "logits", "loss" (mean next-token cross-entropy in nats), "both", "embedding" (of a model with
-                an embedding head, [b, n] float32: see `embed`), or None, which stops the run after the last captured
-                site.
+            return_type: "logits", "loss" (mean next-token cross-entropy in nats), "loss_per_row" (the mean of each
+                row, [b]), "both" (logits and "loss"), "embedding" (of a model with an embedding head, [b, n] float32:
+                see `embed`), or None, which stops the run after the last captured site.
             stop_at_layer: run only the blocks before this one and return the residual stream entering it.
             attention_mask: [b, p], 1 at real tokens and 0 at padding; by default 0 at padding tokens at the
                 ends of rows.
             positions: [b, p] integer positions for the rotary embedding, as in `forward`.
             segment_ids: [b, p] integers, the document of each token; documents do not attend to each other, as in
                 `forward`.
+            labels: [b, p] the tokens that a loss predicts, as in `forward`; -100 does not count.
             logits_at: compute logits only at these positions, [], [n] or [b, n]. They count from each row's first real
                 token, and -1 is its last, as in `forward`.
             remove_batch_dim: drop the batch axis of the captured activations; the batch must be 1.
@@ -341,7 +343,8 @@ class HookedGemma3(Described):
         (1, 4, 96)
         """
         keep = names_filter if names_filter is not None else "**"
-        inputs = self.inputs(input, attention_mask, positions, segment_ids, return_type)
+        result = "loss" if incl_bwd and loss_fn is None else return_type
+        inputs = self.inputs(input, attention_mask, positions, segment_ids, result, labels)
         cut = checked_cut(inputs, remove_batch_dim, pos_slice, logits_at)
         if not incl_bwd:
             if loss_fn is not None:
@@ -364,7 +367,7 @@ class HookedGemma3(Described):
             inputs,
             stop_at_layer=stop_at_layer,
             logits_at=logits_at,
-            return_type="loss" if loss_fn is None else return_type,
+            return_type=result,
         )
         metric = None if loss_fn is None else traced_metric(self, request, loss_fn, "loss_fn", scalar)
         named = differentiable(self.config, keep, stop_at_layer, return_type)
@@ -386,7 +389,7 @@ class HookedGemma3(Described):
         fwd_hooks: Edits = ...,
         *,
         names_filter: None = ...,
-        return_type: Literal["logits", "loss"] = ...,
+        return_type: OneArray = ...,
         **options: Unpack[CaptureOptions],
     ) -> jax.Array: ...
     @overload
@@ -426,7 +429,7 @@ class HookedGemma3(Described):
         fwd_hooks: Edits = ...,
         *,
         names_filter: ReducedCapture,
-        return_type: Literal["logits", "loss"] = ...,
+        return_type: OneArray = ...,
         **options: Unpack[CaptureOptions],
     ) -> tuple[jax.Array, ActivationCache]: ...
     @overload
@@ -471,6 +474,7 @@ class HookedGemma3(Described):
         attention_mask: IntegersLike | None = None,
         positions: IntegersLike | None = None,
         segment_ids: IntegersLike | None = None,
+        labels: IntegersLike | None = None,
         logits_at: IntegersLike | None = None,
         remove_batch_dim: bool = False,
         pos_slice: int | slice | None = None,
@@ -499,7 +503,7 @@ class HookedGemma3(Described):
         >>> logits.shape
         (1, 4, 104)
         """
-        inputs = self.inputs(input, attention_mask, positions, segment_ids, return_type)
+        inputs = self.inputs(input, attention_mask, positions, segment_ids, return_type, labels)
         cut = checked_cut(inputs, remove_batch_dim, pos_slice, logits_at)
         if not fwd_hooks and not isinstance(names_filter, Mapping):
             inputs, cut = self._filled(inputs, cut, logits_at)

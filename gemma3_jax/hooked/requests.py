@@ -33,6 +33,7 @@ class RunOptions(TypedDict, total=False):
     attention_mask: IntegersLike | None
     positions: IntegersLike | None
     segment_ids: IntegersLike | None
+    labels: IntegersLike | None
     logits_at: IntegersLike | None
 
 
@@ -63,6 +64,7 @@ def request_of(
         inputs.attention_mask,
         positions=inputs.positions,
         segment_ids=inputs.segment_ids,
+        labels=inputs.labels,
         **options,
     )
     check_phases(request)

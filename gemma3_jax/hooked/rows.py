@@ -19,14 +19,16 @@ def with_more_rows(inputs: Inputs, rows: int, *, masked: bool = True) -> Inputs:
     """
     mask = np.ones_like(inputs.tokens) if inputs.attention_mask is None else inputs.attention_mask
     extra = (0, rows), (0, 0)
-    positions, documents = (
-        None if x is None else np.pad(x, extra, mode="edge") for x in (inputs.positions, inputs.segment_ids)
+    positions, documents, labels = (
+        None if x is None else np.pad(x, extra, mode="edge")
+        for x in (inputs.positions, inputs.segment_ids, inputs.labels)
     )
     return Inputs(
         np.pad(inputs.tokens, extra, mode="edge"),
         np.pad(mask, extra, mode="constant" if masked else "edge"),
         positions,
         documents,
+        labels,
     )
 
 

@@ -17,7 +17,7 @@ from gemma3_jax.hooked.protocol import Model
 from gemma3_jax.inputs import Inputs, as_array, check_ids, padding_mask, special_id, token_ids
 from gemma3_jax.positions import check_mask, packed_documents
 from gemma3_jax.run.request import embedding_head_of
-from gemma3_jax.run.selection import ReturnType
+from gemma3_jax.run.selection import LOSSES, ReturnType
 from gemma3_jax.types import Integers, IntegersLike, Tokenizer
 
 # A Hugging Face tokenizer returns a mapping.
@@ -33,7 +33,7 @@ def encode(
 
     Arguments and errors as in `inputs`; an input with positions or segment_ids is refused, which this would drop.
     """
-    tokens, mask, positions, segment_ids = inputs(model, input, attention_mask)
+    tokens, mask, positions, segment_ids, _ = inputs(model, input, attention_mask)
     if positions is not None or segment_ids is not None:
         raise ValueError("the input has positions or segment_ids, which encode does not return; use model.inputs")
     return jnp.asarray(tokens), None if mask is None else jnp.asarray(mask)
@@ -46,19 +46,21 @@ def inputs(
     positions: IntegersLike | None = None,
     segment_ids: IntegersLike | None = None,
     return_type: ReturnType = "logits",
+    labels: IntegersLike | None = None,
 ) -> Inputs:
     """Convert any input to `Inputs`; all entry points for text and ids use this.
 
     Args:
         input: a text, texts (padded on the tokenizer's side), integer ids [p] or [b, p] of any array library, or a
             mapping with `input_ids`, as a Hugging Face tokenizer returns it; its `attention_mask`, `position_ids`
-            and `segment_ids` are used too.
+            and `segment_ids` are used too, and for a loss its `labels`.
         attention_mask: [b, p], 1 at real tokens and 0 at padding. By default the padding tokens at the ends of
             rows are padding; traced ids have none.
         positions: [b, p] integers.
         segment_ids: [b, p] integers.
         return_type: with "embedding", texts get the special tokens that the checkpoint's tokenizer adds, BOS and EOS
             for EmbeddingGemma, and are truncated as in `embed`. Otherwise each text has exactly one BOS.
+        labels: [b, p] integers, for a loss.
 
     Raises:
         ValueError: the input is empty, is neither text nor ids, or has an id outside the vocabulary; a mask has
@@ -73,6 +75,8 @@ def inputs(
         attention_mask = own.get("attention_mask") if attention_mask is None else attention_mask
         positions = own.get("position_ids") if positions is None else positions
         segment_ids = own.get("segment_ids") if segment_ids is None else segment_ids
+        if return_type in LOSSES:
+            labels = own.get("labels") if labels is None else labels
     if is_text(input):
         if return_type == "embedding":
             rows = embedding_ids(model, [input] if isinstance(input, str) else input)
@@ -90,7 +94,7 @@ def inputs(
         if segment_ids is None and positions is not None:
             # With a mask, restarting positions would no longer mark where documents begin.
             segment_ids = packed_documents(None, jnp.atleast_2d(jnp.asarray(as_array(positions))))
-    return Inputs(tokens, *map(_rows, (attention_mask, positions, segment_ids)))
+    return Inputs(tokens, *map(_rows, (attention_mask, positions, segment_ids, labels)))
 
 
 def to_tokens(

@@ -21,6 +21,7 @@ import optax
 from jax.typing import ArrayLike
 
 from gemma3_jax.config import Gemma3Config
+from gemma3_jax.descriptions import call_text
 from gemma3_jax.hooks.interception import Hook
 from gemma3_jax.hooks.restrictions import Only, as_index, axes_of, check_range, only
 from gemma3_jax.inputs import as_array
@@ -45,6 +46,8 @@ __all__ = [
 
 class ReadyMade:
     """An edit that reads only its own arrays, so it does not have to be traced at every call."""
+
+    __repr__ = call_text
 
     def depends_on_length(self, axes: Sequence[str]) -> bool:
         """Whether its result at a token depends on the number of columns, at a site with these axes."""
@@ -82,7 +85,7 @@ class OfValues(ReadyMade):
         return self.varies_by_position(axes)
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(repr=False)
 class Add(OfValues):
     """`value + scale * vector`: steering. With `relative`, the vector is first scaled to the norm of the value.
 
@@ -109,7 +112,7 @@ class Add(OfValues):
         return (x + self.scale * step).astype(value.dtype)
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(repr=False)
 class Scale(OfValues):
     """`factor * value`; `factor` may be an array that broadcasts."""
 
@@ -120,7 +123,7 @@ class Scale(OfValues):
         return (_wide(self.factor) * _wide(value)).astype(value.dtype)
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(repr=False)
 class Replace(OfValues):
     """Replace the value; with `where`, only at its true entries.
 
@@ -139,7 +142,7 @@ class Replace(OfValues):
         return jnp.where(self.where, jnp.asarray(self.value, value.dtype), value)
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(repr=False)
 class Mean(ReadyMade):
     """Mean ablation with the mean of the batch: each value becomes the mean over the real tokens of all rows.
 
@@ -164,7 +167,7 @@ class Mean(ReadyMade):
         return jnp.broadcast_to(mean, value.shape).astype(value.dtype)
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(repr=False)
 class ProjectOut(OfValues):
     """Remove the component along `direction` [..., d]: `value - (value . u) u`, with u of length 1 along it.
 
@@ -180,7 +183,7 @@ class ProjectOut(OfValues):
         return (x - _along(x, unit) * unit).astype(value.dtype)
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(repr=False)
 class Clamp(OfValues):
     """Clamp the component `value . u` to `low` and `high`, with u of length 1 along `direction` [..., d].
 
@@ -210,7 +213,7 @@ class Clamp(OfValues):
         return (x + (jnp.clip(component, self.low, self.high) - component) * unit).astype(value.dtype)
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(repr=False)
 class FromCache(ReadyMade):
     """The activation of another run at the same site: one edit for every site in the cache.
 
@@ -241,7 +244,7 @@ class FromCache(ReadyMade):
         return other.astype(value.dtype)
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(repr=False)
 class FromRow(ReadyMade):
     """The activation of another row of the same batch: of `row`, or, with [b] rows, of a different row for each row.
 
@@ -269,7 +272,7 @@ class FromRow(ReadyMade):
         return jnp.broadcast_to(other, value.shape)
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(repr=False)
 class Noise(OfValues):
     """`value + scale * n`, with n standard normal. Each site has different noise, from `key` and the site's name.
 

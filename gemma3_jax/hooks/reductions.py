@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from gemma3_jax.compute.matmul import matmul
+from gemma3_jax.descriptions import call_text
 from gemma3_jax.hooks.interception import Hook, as_pytree, at_least_float32
 from gemma3_jax.hooks.restrictions import Index, as_index, check_range
 from gemma3_jax.hooks.tracing import Traced
@@ -45,7 +46,7 @@ __all__ = ["At", "Cast", "Mean", "Project", "TopK", "TopValues"]
 Reduction = Callable[[jax.Array, Hook], PyTree]
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(repr=False)
 class At:
     """The value at some positions: [b, n, ...] of [b, p, ...]. For scores and patterns these are positions of queries.
 
@@ -59,6 +60,8 @@ class At:
     >>> cache["resid_post", 0].shape == (1, 2, model.config.hidden_size)
     True
     """
+
+    __repr__ = call_text
 
     positions: Index
 
@@ -74,12 +77,14 @@ class At:
         return jnp.where(known.reshape(place), jnp.take_along_axis(value, columns.reshape(place), axis), absent)
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(repr=False)
 class Mean:
     """The mean over the real tokens of each row: [b, ...] float32 of [b, p, ...].
 
     It is NaN for a row without real tokens. In a row with several documents, it is the mean over all of them.
     """
+
+    __repr__ = call_text
 
     def __call__(self, value: jax.Array, hook: Hook) -> jax.Array:
         """[b, ...] float32."""
@@ -91,7 +96,7 @@ class Mean:
         return jnp.mean(value, axis=axis, dtype=jnp.float32, where=real)
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(repr=False)
 class Project:
     """Products with n directions: [..., n] float32 of [..., d] and `matrix` [d, n]. Accumulated in float32.
 
@@ -99,6 +104,8 @@ class Project:
     >>> Project(jnp.eye(3, 2))(jnp.asarray([[[1.0, 2.0, 3.0]]]), None).tolist()
     [[[1.0, 2.0]]]
     """
+
+    __repr__ = call_text
 
     matrix: ArrayLike
 
@@ -112,12 +119,14 @@ class Project:
         return matmul("...d,dn->...n", value.astype(wide), matrix.astype(wide), jnp.float32)
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(repr=False)
 class Cast:
     """The value in another dtype: `Cast("bfloat16")` halves a float32 capture, and keeps its range.
 
     Values that are too large for the dtype become infinite: Gemma's residual stream can exceed float16's 65,504.
     """
+
+    __repr__ = call_text
 
     dtype: DTypeLike = flax.struct.field(pytree_node=False)
 
@@ -137,7 +146,7 @@ class TopValues(NamedTuple):
     indices: jax.Array
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(repr=False)
 class TopK:
     """The k largest features and their indices: `TopValues`, each [..., k] of [..., d].
 
@@ -145,6 +154,8 @@ class TopK:
     >>> TopK(2)(jnp.asarray([0.1, 0.7, 0.4]), None).indices.tolist()
     [1, 2]
     """
+
+    __repr__ = call_text
 
     k: int = flax.struct.field(pytree_node=False)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma3_jax.config import Gemma3Config
+from gemma3_jax.descriptions import call_text
 from gemma3_jax.hooks.interception import Edit, Hook, Phase, as_pytree
 from gemma3_jax.inputs import as_int32
 from gemma3_jax.positions import Extent, at_positions
@@ -26,9 +27,11 @@ _RESTRICTS |= dict.fromkeys("defVn", "features")
 _OF_TOKENS = ("positions", "keys")
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(repr=False)
 class Only:
     """An edit and its restrictions; made by `only`."""
+
+    __repr__ = call_text
 
     edit: Edit
     layer: Index | None = None

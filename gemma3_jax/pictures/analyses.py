@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from gemma3_jax.config import Gemma3Config
+from gemma3_jax.grids import Grid
 from gemma3_jax.pictures.data import Axis, Panel
 from gemma3_jax.pictures.heatmaps import Heatmaps
 from gemma3_jax.pictures.labels import check_index, layer_labels, shortened, token_labels, visible
@@ -66,13 +67,13 @@ def attention_patterns(
 
 def patching_heatmap(
     values: ArrayLike,
-    config: Gemma3Config,
+    config: Gemma3Config | None = None,
     tokens: Sequence[str] | None = None,
     *,
-    axes: str | Sequence[str] = "layer position",
+    axes: str | Sequence[str] | None = None,
     labels: Mapping[str, Sequence[int | str]] | None = None,
     names: Mapping[str, str] | None = None,
-    title: str = "Activation patching",
+    title: str | None = None,
     quantity: str = "effect",
     vmin: float | None = None,
     vmax: float | None = None,
@@ -83,14 +84,16 @@ def patching_heatmap(
     that are not finite, such as unfinished runs of a sweep, are grey.
 
     Args:
-        values: [...], one axis for each name in `axes`.
+        values: [...], one axis for each name in `axes`. The result of a sweep or of patching has its own config,
+            tokens, axes and title, which the other arguments replace.
         config: the model's config; it tells local layers from global ones.
         tokens: [p], the labels of positions, queries and keys; with None, these are numbered.
         axes: names of the axes, in a tuple or separated by spaces: layer, head, position (or pos, query, key, src_pos),
-            or a name that `labels` has.
+            or a name that `labels` has; by default "layer position".
         labels: labels for axes that do not have all layers, heads or tokens. A number is an index of a layer, head or
             token, and a string is a label: `{"layer": [4, 5], "site": ["resid_pre", "attn_out", "mlp_out"]}`.
         names: names of axes in the picture, where they are not those of `axes`: `{"position": "corrupted token"}`.
+        title: by default "Activation patching".
         quantity: name of the values, for the colour bar.
         vmin: the lowest value with a colour of its own; None: the negative of the largest magnitude, or 0 if no value
             is negative.
@@ -108,6 +111,13 @@ def patching_heatmap(
     Traceback (most recent call last):
     ValueError: values have 3 entries along axis 'position', which has 2 labels; ...
     """
+    if isinstance(values, Grid) and values.axes:
+        tokens = values.tokens if tokens is None else tokens
+        labels = {**values.labels, **(labels or {})} if axes is None else labels
+        config, axes, title = config or values.config, axes or values.axes, title or values.what
+    if config is None:
+        raise ValueError("the values do not say what model they are of; pass model.config")
+    axes, title = axes or "layer position", title or "Activation patching"
     array, labels, shown = numbers(values), dict(labels or {}), dict(names or {})
     every = axes.split() if isinstance(axes, str) else list(axes)
     if len(every) != array.ndim or len(every) < 2:

@@ -157,10 +157,10 @@ def fits(
 
 def _config_of(source: str | os.PathLike[str] | Gemma3Config, revision: str | None) -> Gemma3Config:
     """The config of a preset, a config or a checkpoint, whose weights are not read."""
-    if isinstance(source, Gemma3Config):
-        return source
-    if source in PRESETS and not Path(source).exists():
-        return Gemma3Config.preset(os.fspath(source))
+    if isinstance(source, Gemma3Config) or (source in PRESETS and not Path(source).exists()):
+        if revision is not None:
+            raise ValueError(f"revision is {revision!r}, but only a model on the hub has revisions; leave it out")
+        return source if isinstance(source, Gemma3Config) else Gemma3Config.preset(os.fspath(source))
     return read_config(locate_sources(source, revision, download=False))
 
 

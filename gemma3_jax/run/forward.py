@@ -19,7 +19,7 @@ from gemma3_jax.model.transformer import Gemma3
 from gemma3_jax.positions import columns_at, default_positions, packed_documents
 from gemma3_jax.run.loss import next_token_loss
 from gemma3_jax.run.request import Output, Request, check_phases, new_request, warn_of_constants, warn_of_padding
-from gemma3_jax.run.selection import Edits, ReducedCapture, ReturnType, runs
+from gemma3_jax.run.selection import LOSSES, Edits, OneArray, ReducedCapture, ReturnType, runs
 from gemma3_jax.sites.names import layer_of
 from gemma3_jax.types import IntegersLike, Params, PyTree
 
@@ -31,6 +31,7 @@ class Options(TypedDict, total=False):
 
     positions: jax.Array | None
     segment_ids: jax.Array | None
+    labels: jax.Array | None
     inputs_embeds: jax.Array | None
     start_at_layer: int | jax.Array | None
     stop_at_layer: int | None
@@ -49,7 +50,7 @@ def forward(
     edits: Edits | None = ...,
     attention_mask: jax.Array | None = ...,
     *,
-    return_type: Literal["logits", "loss"] = ...,
+    return_type: OneArray = ...,
     **options: Unpack[Options],
 ) -> tuple[jax.Array, ActivationCache]: ...
 @overload
@@ -98,6 +99,7 @@ def forward(
     *,
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    labels: jax.Array | None = None,
     inputs_embeds: jax.Array | None = None,
     start_at_layer: int | jax.Array | None = None,
     stop_at_layer: int | None = None,
@@ -143,6 +145,7 @@ def forward(
             `transformers.masking_utils.find_packed_sequence_indices`. For positions of one text that do not increase
             by 1, such as stretched ones, also pass an `attention_mask` of ones.
         segment_ids: [b, p] integers: each run of equal ids in a row is a separate document. Not with `past`.
+        labels: [b, p] the tokens that a loss predicts, by default `tokens`; the loss of a label -100 does not count.
         inputs_embeds: [b, p, d] embeddings in place of `tokens`, already scaled by sqrt(d), as in Hugging Face.
         start_at_layer: use `inputs_embeds` as the residual stream entering this block, and skip the blocks before it.
             Negative counts from the end. It may be traced, with one compilation for all layers; sites of blocks cannot
@@ -156,15 +159,17 @@ def forward(
             positions are then those after that text.
         phase: passed to the edits.
         return_type: "logits", "loss" (mean next-token cross-entropy, in nats, over pairs of real tokens of the same
-            document), "both", None, or "embedding": the output of the config's `embedding_head`, in a run that has the
-            sites of this head and not those of the unembedding. The mean is over the tokens that `attention_mask`
-            marks. The tokens must be those of `HookedGemma3.embed`, with BOS and EOS.
+            document), "loss_per_row" (the mean of each row; NaN where no pair counts), "both" (logits and "loss"),
+            None, or "embedding": the output of the config's `embedding_head`, in a run that has the sites of this head
+            and not those of the unembedding. Its mean is over the tokens that `attention_mask` marks. The tokens must
+            be those of `HookedGemma3.embed`, with BOS and EOS.
         remat: for gradients of long or large batches. The backward pass keeps only the residual stream that enters each
             block, and runs each block again. The result is the same. XLA:CPU undoes this unless layers are scanned.
 
     Returns:
-        The result of `return_type`: logits [b, p, V] float32 ([b, n, V] with `logits_at`), loss [] float32,
-        (logits, loss), embedding [b, n] float32, or None; and the captured values, indexed by any name of their site.
+        The result of `return_type`: logits [b, p, V] float32 ([b, n, V] with `logits_at`), loss [] or
+        [b] float32, (logits, loss), embedding [b, n] float32, or None; and the captured values, indexed by any name of
+        their site.
 
     Raises:
         UnknownSite: a name in `capture` or `edits` is not a site.
@@ -190,6 +195,7 @@ def forward(
         attention_mask,
         positions=positions,
         segment_ids=segment_ids,
+        labels=labels,
         inputs_embeds=inputs_embeds,
         start_at_layer=start_at_layer,
         stop_at_layer=stop_at_layer,
@@ -258,9 +264,10 @@ def run(params: Params, request: Request) -> tuple[PyTree, ActivationCache]:
     }
     cache = ActivationCache(config, by_name, reduced=reduced, some_logits=request.logits_at is not None)
     cache = cache.with_inputs(source, mask) if request.has_tokens else cache
-    if request.return_type in ("loss", "both"):
-        loss = next_token_loss(out, source, mask, documents)
-        return (loss if request.return_type == "loss" else (out, loss)), cache
+    if request.return_type in LOSSES:
+        labels = source if request.labels is None else jnp.asarray(request.labels)
+        loss = next_token_loss(out, labels, mask, documents, per_row=request.return_type == "loss_per_row")
+        return ((out, loss) if request.return_type == "both" else loss), cache
     return (None if request.return_type is None else out), cache
 
 

@@ -40,6 +40,7 @@ def grad_at(
     attention_mask: jax.Array | None = None,
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    labels: jax.Array | None = None,
     metric_sites: Capture = (),
     logits_at: IntegersLike | None = None,
     stop_at_layer: int | None = None,
@@ -65,6 +66,7 @@ def grad_at(
         attention_mask: [b, p], 1 at real tokens.
         positions: [b, p] integers, as in `forward`.
         segment_ids: [b, p], the document of each token, as in `forward`.
+        labels: [b, p], for the cross-entropy without a metric, as in `forward`.
         metric_sites: sites that the metric reads.
         logits_at: as in `forward`.
         stop_at_layer: as in `forward`; the metric takes the residual stream in place of logits.
@@ -100,6 +102,7 @@ def grad_at(
         attention_mask,
         positions=positions,
         segment_ids=segment_ids,
+        labels=labels,
         logits_at=logits_at,
         stop_at_layer=stop_at_layer,
         return_type="loss" if metric is None else return_type,

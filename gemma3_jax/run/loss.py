@@ -14,6 +14,7 @@ import optax
 
 from gemma3_jax.inputs import as_array
 from gemma3_jax.positions import check_mask
+from gemma3_jax.types import Integers, IntegersLike
 
 IGNORED = -100  # the label of a token without a loss, as in torch and Hugging Face
 
@@ -23,6 +24,8 @@ def next_token_loss(
     tokens: jax.Array,
     attention_mask: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    *,
+    per_row: bool = False,
 ) -> jax.Array:
     """Mean cross-entropy [] float32, in nats, of the tokens under the logits one position before them.
 
@@ -30,10 +33,11 @@ def next_token_loss(
 
     Args:
         logits: [b, p, V].
-        tokens: [b, p] integer ids; the loss of a token -100 does not count. The first token of a row is not checked,
-            because it is never a label.
+        tokens: [b, p] integer ids, or other labels in their columns; the loss of a label -100 does not count. The
+            first label of a row is not checked, because nothing predicts it.
         attention_mask: [b, p], 1 at real tokens; a pair counts when both its tokens are real.
         segment_ids: [b, p] integers; a pair counts when both its tokens have the same id.
+        per_row: return the mean of each row, [b].
 
     Raises:
         ValueError: shapes do not match, the mask has values other than 0 and 1, or a token other than -100 is outside
@@ -47,18 +51,16 @@ def next_token_loss(
         Any, map(as_array, (logits, tokens, attention_mask, segment_ids))
     )
     _check(logits, tokens=tokens, attention_mask=attention_mask, segment_ids=segment_ids)
-    labels = tokens[:, 1:]
-    counted, known = _labels(labels, logits.shape[-1])
+    check_labels(tokens, logits.shape[-1])
+    counted, known, labels = counted_labels(tokens, logits.shape[-1])
     # [b, p - 1]
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        jnp.asarray(logits[:, :-1], jnp.float32), jnp.where(known, labels, 0)
-    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits[:, :-1], jnp.float32), labels)
     if attention_mask is not None:
         real = attention_mask.astype(bool)
         counted = counted & real[:, :-1] & real[:, 1:]
     if segment_ids is not None:
         counted = counted & (segment_ids[:, :-1] == segment_ids[:, 1:])
-    return jnp.mean(jnp.where(known, losses, jnp.nan), where=counted)
+    return jnp.mean(jnp.where(known, losses, jnp.nan), axis=1 if per_row else None, where=counted)
 
 
 def _check(logits: jax.Array, **arrays: jax.Array | None) -> None:
@@ -69,16 +71,27 @@ def _check(logits: jax.Array, **arrays: jax.Array | None) -> None:
         check_mask(arrays["attention_mask"])
 
 
-def _labels(labels: jax.Array, vocabulary: int) -> tuple[jax.Array, jax.Array]:
-    """Whether labels [b, p - 1] count, and whether they are ids of the vocabulary; both [b, p - 1] bool."""
-    if not isinstance(labels, jax.core.Tracer):
-        values = np.asarray(labels)
-        wrong = values[((values < 0) | (values >= vocabulary)) & (values != IGNORED)]
-        if wrong.size:
-            raise ValueError(
-                f"label {wrong[0]} is outside the vocabulary of {vocabulary}; a token whose loss should not count "
-                f"has label {IGNORED}"
-            )
+def check_labels(labels: IntegersLike, vocabulary: int) -> None:
+    """Check labels [b, p] after the first column, unless they are traced.
+
+    Raises:
+        ValueError: one is neither an id of the vocabulary nor -100.
+    """
+    if isinstance(labels, jax.core.Tracer):
+        return
+    values = np.asarray(labels)[:, 1:]
+    wrong = values[((values < 0) | (values >= vocabulary)) & (values != IGNORED)]
+    if wrong.size:
+        raise ValueError(
+            f"label {wrong[0]} is outside the vocabulary of {vocabulary}; a token whose loss should not count "
+            f"has label {IGNORED}"
+        )
+
+
+def counted_labels(labels: Integers, vocabulary: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of labels [b, p] after the first: which count, which are ids of the vocabulary, and the ids; each [b, p - 1]."""
     # JAX wraps a number to the dtype of the array that it is compared with: in uint8, -100 is 156.
-    ids = labels if labels.dtype.itemsize >= 4 else labels.astype(jnp.int32)
-    return ids != IGNORED, (ids >= 0) & (ids < vocabulary)
+    ids = jnp.asarray(labels[:, 1:])
+    ids = ids if ids.dtype.itemsize >= 4 else ids.astype(jnp.int32)
+    known = (ids >= 0) & (ids < vocabulary)
+    return ids != IGNORED, known, jnp.where(known, ids, 0)

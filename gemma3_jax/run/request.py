@@ -24,7 +24,9 @@ from gemma3_jax.hooks.tracing import Traced
 from gemma3_jax.inputs import as_array, as_int32, one_input, padding_mask, token_ids
 from gemma3_jax.model.past import Past
 from gemma3_jax.positions import BY_COLUMN, Extent, check_mask, columns_at, packed_documents
+from gemma3_jax.run.loss import check_labels
 from gemma3_jax.run.selection import (
+    LOSSES,
     Edits,
     ReducedCapture,
     ReturnType,
@@ -51,6 +53,7 @@ class Request:
         attention_mask: [b, p] int32, or None.
         positions: [b, p] int32, or None.
         segment_ids: [b, p] int32, or None.
+        labels: [b, p] int32, what a loss predicts; None for the tokens.
         first_layer: the layer that the embeddings enter, if its index is traced; or None.
         logits_at: [], [n] or [b, n] integers, or None.
         past: each layer's KV cache of the text before; or None.
@@ -71,6 +74,7 @@ class Request:
     attention_mask: Integers | None
     positions: Integers | None
     segment_ids: Integers | None
+    labels: Integers | None
     first_layer: jax.Array | None
     logits_at: jax.Array | None
     past: Sequence[Past] | None
@@ -155,6 +159,7 @@ def new_request(
     *,
     positions: IntegersLike | None = None,
     segment_ids: IntegersLike | None = None,
+    labels: IntegersLike | None = None,
     inputs_embeds: ArrayLike | None = None,
     start_at_layer: int | jax.Array | None = None,
     stop_at_layer: int | None = None,
@@ -185,13 +190,16 @@ def new_request(
     if attention_mask is not None:
         check_mask(attention_mask)
     mask = None if attention_mask is None else _on_host(attention_mask).astype(np.int32)
-    positions, segment_ids = (_integers(*pair) for pair in (("positions", positions), ("segment_ids", segment_ids)))
-    _check_shapes(config, source, attention_mask=mask, positions=positions, segment_ids=segment_ids)
+    positions, segment_ids, labels = (
+        _integers(*pair) for pair in (("positions", positions), ("segment_ids", segment_ids), ("labels", labels))
+    )
+    _check_shapes(config, source, attention_mask=mask, positions=positions, segment_ids=segment_ids, labels=labels)
+    _check_loss(config, source, labels, return_type, stop_at_layer, logits_at)
     first_layer = start_at_layer if isinstance(start_at_layer, jax.core.Tracer) else None
     known_start = None if first_layer is not None or start_at_layer is None else operator.index(start_at_layer)
     start_at_layer = known_start if first_layer is None else first_layer
     stop_at_layer = None if stop_at_layer is None else operator.index(stop_at_layer)
-    _check_extent(config, source, start_at_layer, stop_at_layer, logits_at, return_type)
+    _check_extent(config, source, start_at_layer, stop_at_layer, return_type)
     if return_type == "embedding":
         _check_embedding(config, segment_ids, positions, mask, stop_at_layer, logits_at, past)
     extent = Extent(source.shape[0], source.shape[1], mask, positions, segment_ids)
@@ -203,6 +211,7 @@ def new_request(
         attention_mask=mask,
         positions=positions,
         segment_ids=segment_ids,
+        labels=labels,
         first_layer=first_layer,
         logits_at=chosen,
         past=past,
@@ -252,18 +261,9 @@ def _check_extent(
     source: Integers,
     start_at_layer: int | jax.Array | None,
     stop_at_layer: int | None,
-    logits_at: IntegersLike | None,
     return_type: ReturnType,
 ) -> None:
     is_tokens = jnp.issubdtype(source.dtype, jnp.integer)
-    if return_type not in get_args(ReturnType):
-        raise ValueError(f"return_type is {return_type!r}; it must be 'logits', 'loss', 'both', 'embedding' or None")
-    if return_type in ("loss", "both") and (not is_tokens or stop_at_layer is not None or logits_at is not None):
-        raise ValueError(
-            f"return_type {return_type!r} needs tokens and the whole model: leave stop_at_layer and logits_at out"
-        )
-    if return_type in ("loss", "both") and source.shape[1] < 2:
-        raise ValueError(f"return_type {return_type!r} needs at least two tokens; the input has {source.shape[1]}")
     if return_type is not None and stop_at_layer is None:
         config.check_logits()
     layers = config.num_hidden_layers
@@ -272,6 +272,33 @@ def _check_extent(
             raise ValueError(f"{name} is {layer}; the model has {layers} layers")
     if start_at_layer is not None and is_tokens:
         raise ValueError("start_at_layer needs inputs_embeds: the residual stream [b, p, d] entering that layer")
+
+
+def _check_loss(
+    config: Gemma3Config,
+    source: Integers,
+    labels: Integers | None,
+    return_type: ReturnType,
+    stop_at_layer: int | None,
+    logits_at: IntegersLike | None,
+) -> None:
+    """Raise ValueError if the run cannot return its loss, or has labels without a loss or outside the vocabulary."""
+    if return_type not in get_args(ReturnType):
+        kinds = "'logits', 'loss', 'loss_per_row', 'both', 'embedding' or None"
+        raise ValueError(f"return_type is {return_type!r}; it must be {kinds}")
+    if return_type not in LOSSES:
+        if labels is not None:
+            raise ValueError(f"labels are for a loss, but return_type is {return_type!r}: ask for a loss")
+        return
+    if (source.ndim == 3 and labels is None) or stop_at_layer is not None or logits_at is not None:
+        raise ValueError(
+            f"return_type {return_type!r} needs tokens, or labels, and the whole model: leave stop_at_layer and "
+            "logits_at out"
+        )
+    if source.shape[1] < 2:
+        raise ValueError(f"return_type {return_type!r} needs at least two tokens; the input has {source.shape[1]}")
+    if labels is not None:
+        check_labels(labels, config.vocab_size)
 
 
 def _check_embedding(

@@ -15,7 +15,9 @@ from gemma3_jax.positions import Extent
 from gemma3_jax.sites.names import Match, described, layer_of, select, site_names
 from gemma3_jax.sites.table import of_embedding_head
 
-ReturnType = Literal["logits", "loss", "both", "embedding", None]
+OneArray = Literal["logits", "loss", "loss_per_row"]
+ReturnType = Literal[OneArray, "both", "embedding", None]
+LOSSES = ("loss", "both", "loss_per_row")
 Capture = str | Iterable[str] | Callable[[str], bool]
 # Or a mapping to reductions: see `gemma3_jax.reductions`.
 ReducedCapture = Capture | Mapping[str, Reduction | Sequence[Reduction] | None]

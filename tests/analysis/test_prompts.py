@@ -108,7 +108,7 @@ def test_peak_memory_at_the_real_vocabulary():
     heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 32, "query_pre_attn_scalar": 32}
     config = Gemma3Config(**sizes, **heads, sliding_window=16)
     params = jax.eval_shape(Gemma3(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    request = new_request(config, np.ones((2, 256), int), stop_at_layer=1)
+    request = new_request(config, np.ones((2, 256), int), return_type="loss")
 
     def peak(chunk_size):
         losses = functools.partial(prompts_module._losses, chunk_size=chunk_size)

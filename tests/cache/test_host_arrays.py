@@ -24,7 +24,7 @@ def test_a_dtype_for_what_has_a_floating_one():
         assert (wide[SITE].dtype, wide.grads[SITE].dtype) == (np.dtype(dtype), np.dtype(dtype))
         assert (wide[IDS].dtype, type(wide[SITE])) == (np.dtype("int32"), np.ndarray)
         np.testing.assert_array_equal(wide[SITE], own[SITE].astype(dtype))
-    for wrong in ("int32", bool):
+    for wrong in ("int32", bool, "nope"):
         with pytest.raises(ValueError, match="must be a floating-point dtype"):
             cache().numpy(dtype=wrong)
 

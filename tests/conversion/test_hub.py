@@ -10,9 +10,11 @@ import huggingface_hub
 import numpy as np
 import pytest
 
-from conversion import CheckpointError, convert_checkpoint
+from conversion import CheckpointError, convert_checkpoint, read_heads
+from gemma3_jax import TINY, HookedGemma3
 from gemma3_jax.conversion import gguf_header
 from gemma3_jax.conversion.description import describe
+from gemma3_jax.placing import fits
 from tests.conversion.key_map import flat
 
 
@@ -167,3 +169,16 @@ def test_what_cannot_be_loaded(source, message, hub):
     with pytest.raises(CheckpointError, match=message) as error:
         convert_checkpoint(source)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [convert_checkpoint, read_heads, describe, HookedGemma3.from_pretrained, lambda s, **o: fits(s, on="v5e-8", **o)],
+    ids=["convert", "heads", "describe", "load", "fits"],
+)
+def test_a_revision_of_a_directory_is_refused(call):
+    """It was ignored, as if the directory were of that revision."""
+    with pytest.raises(CheckpointError, match=r"revision is 'v2', but .* only a model on the hub has revisions"):
+        call(TINY, revision="v2")
+    with pytest.raises(ValueError, match="only a model on the hub has revisions"):
+        fits("270m", on="v5e-8", revision="v2")

@@ -16,6 +16,7 @@ ROOMS = {
     "elsewhere": ("names of TransformerLens that are missing here, and what to write", ""),
     "descriptions": ("what objects say of themselves at the prompt and in notebooks", ""),
     "config": ("the shape of a model", "messages elsewhere descriptions"),
+    "grids": ("results of many runs, with names for their axes", "descriptions config"),
     "kept": ("what is kept on disk from one process to the next", ""),
     "types": ("short names of the types in signatures", ""),
     "extras": ("optional packages, and the error where one is missing", ""),
@@ -32,7 +33,7 @@ ROOMS = {
     "sites": ("the names of everything that can be captured or edited", "config"),
     "hooks": (
         "what happens at a site: interception, edits, reductions, the tracing of users' functions",
-        "elsewhere config types positions meshes inputs compute sites",
+        "elsewhere descriptions config types positions meshes inputs compute sites",
     ),
     "edits": ("the public names of `hooks.edits`", "hooks"),
     "reductions": ("the public names of `hooks.reductions`", "hooks"),
@@ -67,9 +68,9 @@ ROOMS = {
     ),
     "analysis": (
         "patching, sweeps, attribution, lenses, circuits",
-        "descriptions config types renamed positions meshes inputs compute sites hooks model cache run hooked",
+        "descriptions config grids types renamed positions meshes inputs compute sites hooks model cache run hooked",
     ),
-    "pictures": ("heatmaps, coloured texts and maps, as HTML and PNG", "atomic config extras sites"),
+    "pictures": ("heatmaps, coloured texts and maps, as HTML and PNG", "atomic config grids extras sites"),
     "parity": ("the comparison with Hugging Face, in torch", "config types extras sites model conversion run"),
     "cli": (
         "the command line",

@@ -58,3 +58,30 @@ def test_attribution_of_a_similarity(monkeypatch, capsys):
     gradient, without = (answers[name].ravel() for name in ("gradient", "without"))
     assert np.corrcoef(gradient, without)[0, 1] > 0.7
     assert np.corrcoef(np.roll(gradient, 3), without)[0, 1] < 0.7  # control
+
+
+def test_low_rank_factors(monkeypatch, tmp_path, capsys):
+    """They learn answers, those of texts held out too, and the adapter that is saved is the model that was trained."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import lora
+
+    losses = lora.main(str(lora.TINY), steps=15, output=tmp_path / "adapter")
+    assert "3 texts, 1 held out, 24,576 numbers to train" in capsys.readouterr().out
+    assert losses.shape == (2, 4)
+    assert (losses[0] > 3).all()
+    assert (losses[1] < 1.5).all()
+    for adapter, wanted in ((None, losses[0]), (tmp_path / "adapter", losses[1])):
+        model = lora.HookedGemma3.from_pretrained(lora.TINY, dtype="float32", adapter=adapter)
+        tokens, batch = lora.batch_of(model, lora.SYLLABLES)
+        np.testing.assert_allclose(model(tokens, "loss_per_row", **batch), wanted, rtol=1e-4)
+
+
+def test_texts_of_a_file(monkeypatch, tmp_path, capsys):
+    """Without a step, the factors change nothing; each line has a prompt and its answer."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import lora
+
+    (tmp_path / "texts.tsv").write_text("ba ke\t lo\nlo mu ti\t ba ke\n", "utf-8")
+    losses = lora.main(str(lora.TINY), tmp_path / "texts.tsv", steps=0, rank=2)
+    assert "1 texts, 1 held out, 12,288 numbers" in capsys.readouterr().out
+    np.testing.assert_array_equal(*losses)

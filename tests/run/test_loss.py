@@ -1,4 +1,4 @@
-"""The loss per token: labels that do not count, and labels outside the vocabulary."""
+"""Losses per token and per row: labels that do not count, padding, documents, and labels outside the vocabulary."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma3_jax import next_token_loss
+from gemma3_jax import HookedGemma3, edits, forward, grad_at, next_token_loss, stack_layers
+from gemma3_jax.analysis import loss_per_token
+from tests.helpers.small_model import assert_same, small
 
 V, P = 13, 6
 LOGITS = np.random.default_rng(0).normal(size=(2, P, V)).astype(np.float32) * 3
@@ -80,3 +82,107 @@ def test_an_additive_mask_is_refused():
     """0 at real tokens, as added to scores, marked them as padding and the padding as real."""
     with pytest.raises(ValueError, match="attention_mask must be 1"):
         next_token_loss(LOGITS, np.ones((2, P), int), np.array([[0.0] * 4 + [-1e9] * 2] * 2))
+
+
+def rows_alone(batch: list[dict], **options) -> list[float]:
+    """The loss of each row, from its logits alone and torch's mean over the labels that count."""
+    means = []
+    for row in batch:
+        logits = forward(*small(), jnp.asarray([row["tokens"]]), **options)[0][0, :-1]
+        labels = torch.as_tensor(row["labels"][1:])
+        means.append(float(torch.nn.functional.cross_entropy(torch.as_tensor(np.array(logits)), labels)))
+    return means
+
+
+TEXT, OTHER = [2, 10, 20, 30, 40, 50, 60], [2, 11, 21]
+ANSWER = [-100, -100, -100, 30, 41, -100, 60]  # of `TEXT`, with one label that is not the next token
+BATCH = {
+    "tokens": jnp.asarray([TEXT, [0] * 4 + OTHER]),
+    "attention_mask": jnp.asarray([[1] * 7, [0] * 4 + [1] * 3]),
+    "labels": jnp.asarray([ANSWER, [-100] * 5 + OTHER[1:]]),
+}
+ROWS = [{"tokens": TEXT, "labels": ANSWER}, {"tokens": OTHER, "labels": OTHER}]
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_the_loss_of_each_row(stacked):
+    """Of padded rows with labels, in both layouts of the parameters: as that of each row alone."""
+    config, params = small()
+    params = stack_layers(config, params) if stacked else params
+    losses, _ = forward(config, params, **BATCH, return_type="loss_per_row")
+    wanted = rows_alone(ROWS)
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+    total, _ = forward(config, params, **BATCH, return_type="loss")
+    np.testing.assert_allclose(total, np.average(wanted, weights=[3, 2]), rtol=1e-5)
+    assert abs(forward(config, params, **{**BATCH, "labels": None}, return_type="loss")[0] - total) > 1e-3  # control
+
+
+def test_a_row_of_packed_documents():
+    """Its mean is over the pairs of both documents; a row without a label that counts has none."""
+    tokens, ids = jnp.asarray([TEXT + OTHER] * 2), jnp.asarray([[0] * 7 + [1] * 3] * 2)
+    labels = jnp.asarray([ANSWER + OTHER, [-100] * 10])
+    losses, _ = forward(*small(), tokens, segment_ids=ids, labels=labels, return_type="loss_per_row")
+    np.testing.assert_allclose(losses, [np.average(rows_alone(ROWS), weights=[3, 2]), np.nan], rtol=1e-5)
+
+
+def test_every_way_to_a_loss_with_labels():
+    """Methods in buckets, a collator's mapping, losses per token, gradients at sites, and embeddings as input agree."""
+    config, params = small()
+    model = HookedGemma3(config, params)
+    tokens, batch = BATCH["tokens"], {"input_ids": BATCH["tokens"], **{k: v for k, v in BATCH.items() if k != "tokens"}}
+    wanted = rows_alone(ROWS)
+    rest = {"attention_mask": BATCH["attention_mask"], "labels": BATCH["labels"]}
+    per_token = loss_per_token(model, tokens, **rest)
+    embedded = forward(config, params, tokens, "hook_embed", attention_mask=rest["attention_mask"])[1]["hook_embed"]
+    for losses in (
+        model(tokens, "loss_per_row", **rest),
+        model(batch, "loss_per_row"),
+        model.run_with_hooks(batch, [("hook_embed", edits.Scale(1.0))], return_type="loss_per_row"),
+        jnp.nanmean(per_token, axis=1),
+        jnp.nanmean(loss_per_token(model, batch), axis=1),
+        forward(config, params, inputs_embeds=embedded, **rest, return_type="loss_per_row")[0],
+    ):
+        np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+    np.testing.assert_array_equal(np.isnan(per_token), np.asarray(BATCH["labels"])[:, 1:] == -100)
+    mean = np.average(wanted, weights=[3, 2])
+    for losses in (
+        model.run_with_cache(tokens, "hook_embed", incl_bwd=True, **rest)[0],
+        model.run_with_cache(batch, "hook_embed", incl_bwd=True)[0],
+        grad_at(config, params, tokens, "hook_embed", **rest)[0],
+    ):
+        np.testing.assert_allclose(losses, mean, rtol=1e-5)
+    assert model(batch).shape == (2, 7, config.vocab_size)  # logits do not need labels
+
+
+def test_gradients_of_one_row():
+    """That of a row's loss with respect to the parameters is that of the row alone, as per-example training needs."""
+    config, params = small(1)
+
+    def of_row(params):
+        return forward(config, params, **BATCH, return_type="loss_per_row")[0][1]
+
+    def alone(params):
+        return forward(config, params, jnp.asarray([OTHER]), return_type="loss")[0]
+
+    ours, theirs = jax.jit(lambda params: (jax.grad(of_row)(params), jax.grad(alone)(params)))(params)
+    jax.tree.map(lambda a, b: assert_same(a, b, 1e-4), ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"return_type": "logits"}, "labels are for a loss, but return_type is 'logits'"),
+        ({"labels": [[1, 2]]}, "labels has shape"),
+        ({"labels": [[0.5] * 7] * 2}, "labels are float"),
+        ({"labels": [[1, -1, 2, 3, 4, 5, 6]] * 2}, "label -1 is outside the vocabulary"),
+        ({"stop_at_layer": 1}, "whole model"),
+    ],
+)
+def test_bad_labels(options, says):
+    """One error, from the pure function and from the method."""
+    given = {**BATCH, "return_type": "loss_per_row", **options}
+    given["labels"] = np.asarray(given["labels"])
+    with pytest.raises(ValueError, match=says):
+        forward(*small(), **given)
+    with pytest.raises(ValueError, match=says):
+        HookedGemma3(*small())(given.pop("tokens"), **given)
