@@ -155,6 +155,16 @@ def part(letter: str, size: int, mesh: Mesh | AbstractMesh | None) -> int:
     return int(NamedSharding(mesh, spec(letter, (size,), mesh)).shard_shape((size,))[0])
 
 
+def parts(letter: str, size: int, value: jax.Array) -> int:
+    """The number of parts into which an axis is cut on the mesh that a value is computed on; 1 without a mesh.
+
+    >>> parts("f", 8, jax.numpy.ones(8))
+    1
+    """
+    mesh = _mesh(value)
+    return 1 if mesh is None else size // part(letter, size, mesh)
+
+
 def mesh_of(arrays: PyTree) -> Mesh | None:
     """The mesh of the arrays, if it has several devices; else None.
 

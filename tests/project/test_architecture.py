@@ -69,6 +69,10 @@ ROOMS = {
         "patching, sweeps, attribution, lenses, circuits",
         "descriptions config types renamed positions meshes inputs compute sites hooks model cache run hooked",
     ),
+    "features": (
+        "sparse autoencoders, transcoders, CLTs and crosscoders, in the formats of other tools",
+        "messages reading config meshes compute sites conversion",
+    ),
     "pictures": ("heatmaps, coloured texts and maps, as HTML and PNG", "atomic config extras sites"),
     "parity": ("the comparison with Hugging Face, in torch", "config types extras sites model conversion run"),
     "cli": (

@@ -1,0 +1,72 @@
+"""The names that other tools give to sites, resolved to canonical names, or refused where they have meant several.
+
+Only names that have one meaning are resolved. Where one has had several, the error names the candidates, and the
+caller chooses one with `site_in=` and `site_out=`.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NoReturn
+
+from gemma3_jax.config import Gemma3Config
+from gemma3_jax.reading import CheckpointError
+from gemma3_jax.sites.names import UnknownSite, block, resolve
+
+# Names are looked up in the deepest published model, so a name that it does not have is not one of Gemma 3's.
+_DEEPEST = Gemma3Config.preset("27b")
+
+# Legacy names that have meant several tensors, with these. TransformerLens' `hook_mlp_in` was the residual stream
+# before ln2 up to 2.16, the norm's output in 3.0, and the residual stream again from 3.7 on; SAELens has written it
+# for transcoders that read the norm's output.
+_AMBIGUOUS = {"hook_mlp_in": ("hook_resid_mid", "ln2.hook_out")}
+
+
+def site_of(name: object, where: object, argument: str) -> str:
+    """The canonical name of the site that a config names.
+
+    Args:
+        name: as the config has it.
+        where: the file and the field that have it, for messages.
+        argument: the argument of `load` that settles it.
+
+    Raises:
+        CheckpointError: the name is unknown, or has meant several sites.
+    """
+    if not isinstance(name, str):
+        raise CheckpointError(f"{where} is {name!r}, not the name of a site; give {argument}= to load")
+    ambiguous = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+    if ambiguous and ambiguous[2] in _AMBIGUOUS:
+        refuse(name, [block(ambiguous[1], part) for part in _AMBIGUOUS[ambiguous[2]]], where, argument)
+    return canonical(name, where, argument)
+
+
+def canonical(name: str, where: object, argument: str) -> str:
+    """The canonical name for a name of the table, which has one meaning.
+
+    Raises:
+        CheckpointError: no site has the name.
+    """
+    try:
+        return resolve(name, _DEEPEST).name
+    except UnknownSite as error:
+        raise CheckpointError(f"{where}: {error}; or give {argument}= to load") from None
+
+
+def refuse(name: object, candidates: Sequence[str], where: object, argument: str) -> NoReturn:
+    """Raise a CheckpointError for a name with several meanings."""
+    listed = " or ".join(f"{argument}={candidate!r}" for candidate in candidates)
+    raise CheckpointError(f"{where}: {name} has meant several sites; give {listed} to load")
+
+
+def expanded(names: str | Sequence[str], layers: Sequence[int]) -> tuple[str, ...]:
+    """One name for each layer, of a name with `{all}`, `{5,9}` or `*` in place of the layer, or of a list.
+
+    >>> expanded("model.layers.{5,9}.output", range(2)), expanded("blocks.*.hook_out", [3])
+    (('model.layers.5.output', 'model.layers.9.output'), ('blocks.3.hook_out',))
+    """
+    if not isinstance(names, str):
+        return tuple(names)
+    pattern = re.search(r"\{([\d, ]+)\}", names)
+    if pattern:
+        layers = [int(layer) for layer in pattern[1].split(",")]
+    return tuple(re.sub(r"\{[^}]*\}|\*", str(layer), names) for layer in layers)
