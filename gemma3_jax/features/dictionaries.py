@@ -30,7 +30,7 @@ class _Dictionary:
         b_dec: [d].
         activation: from the encoder's products to features.
         site_in: canonical name of the site whose value is encoded.
-        normalization: of the input, undone on the output.
+        normalization: of the input, before the encoder; or None.
         subtracts_b_dec: whether `b_dec` is subtracted from the normalized input before the encoder.
     """
 
@@ -75,20 +75,19 @@ class _Dictionary:
 
         Args:
             f: [..., f].
-            x: the input of which these are the features. A normalization is undone by it, a transcoder's skip
-                connection is added, and if x has heads, [..., h, e], so has the output of an autoencoder.
+            x: the input of which these are the features. A transcoder's skip connection reads it, and an autoencoder
+                undoes its normalization by it; if x has heads, [..., h, e], so has the output of an autoencoder.
 
         Raises:
-            ValueError: f does not have the width; or there is a normalization, and no x.
+            ValueError: f does not have the width; or an autoencoder has a normalization, and there is no x.
         """
         f = jnp.asarray(f)
         if f.shape[-1:] != (self.width,):
             raise ValueError(f"the features have shape {f.shape}; the last axis must be the width, {self.width}")
-        if x is None and self.normalization is not None:
-            kind = type(self.normalization).__name__
-            raise ValueError(f"the input was normalized ({kind}), which decode must undo: call decode(f, x)")
-        y = _decode(self, f, None if x is None else self._flat(x))
-        return y if x is None else self._shaped(y, jnp.shape(x))
+        if x is not None:
+            return self._shaped(_decode(self, f, self._flat(x)), jnp.shape(x))
+        self._check_without_input()
+        return _decode(self, f, None)
 
     def __call__(self, x: ArrayLike) -> jax.Array:
         """The output for an input: `decode(encode(x), x)`."""
@@ -107,14 +106,19 @@ class _Dictionary:
         """The output for an input of this shape."""
         return y
 
-    def _skipped(self, x: jax.Array) -> jax.Array | float:
-        """The part of the output that does not come from features; x is [..., d] float32."""
-        return 0.0
+    def _check_without_input(self) -> None:
+        """Raise a ValueError if the output cannot be computed from features alone."""
+
+    def _finished(self, y: jax.Array, x: jax.Array) -> jax.Array:
+        """The output, of what the features write and of the input; both [..., d] float32."""
+        raise NotImplementedError
 
 
 @flax.struct.dataclass(kw_only=True)
 class SparseAutoencoder(_Dictionary):
-    """Reconstructs the value of a site from sparse features. Attributes as in `Transcoder`, without `skip`.
+    """Reconstructs the value of a site from sparse features.
+
+    Attributes as in `Transcoder`, without `skip`. A normalization of the input is undone on the output.
 
     >>> from gemma3_jax import features
     >>> identity, zero = jnp.eye(3), jnp.zeros(3)
@@ -136,6 +140,14 @@ class SparseAutoencoder(_Dictionary):
     def _shaped(self, y: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         return y.reshape(shape)
 
+    def _check_without_input(self) -> None:
+        if self.normalization is not None:
+            kind = type(self.normalization).__name__
+            raise ValueError(f"the input was normalized ({kind}), which decode must undo: call decode(f, x)")
+
+    def _finished(self, y: jax.Array, x: jax.Array) -> jax.Array:
+        return y if self.normalization is None else self.normalization.undone(y, x)
+
 
 @flax.struct.dataclass(kw_only=True)
 class Transcoder(_Dictionary):
@@ -149,7 +161,7 @@ class Transcoder(_Dictionary):
         activation: from the encoder's products to features.
         site_in: canonical name of the site whose value is encoded.
         site_out: canonical name of the site whose value is predicted.
-        normalization: of the input, undone on the output; or None.
+        normalization: of the input, before the encoder; or None.
         subtracts_b_dec: whether `b_dec` is subtracted from the normalized input before the encoder.
         skip: [d, d], from the input to the output, or None: `x @ skip` is added to the output.
 
@@ -166,9 +178,9 @@ class Transcoder(_Dictionary):
     site_out: str = flax.struct.field(pytree_node=False)
     skip: jax.Array | None = None
 
-    def _skipped(self, x: jax.Array) -> jax.Array | float:
+    def _finished(self, y: jax.Array, x: jax.Array) -> jax.Array:
         # [..., d] x [d, d] -> [..., d]
-        return 0.0 if self.skip is None else matmul("...i,io->...o", x, self.skip.astype(jnp.float32))
+        return y if self.skip is None else y + matmul("...i,io->...o", x, self.skip.astype(jnp.float32))
 
 
 def check_k(k: int, width: int) -> None:
@@ -194,13 +206,7 @@ def _decode(dictionary: _Dictionary, f: jax.Array, x: jax.Array | None) -> jax.A
     # [..., f] x [f, d] -> [..., d]
     y = matmul("...f,fd->...d", f.astype(jnp.float32), dictionary.W_dec.astype(jnp.float32))
     y += dictionary.b_dec.astype(jnp.float32)
-    if x is None:
-        return y
-    x = x.astype(jnp.float32)
-    if dictionary.normalization is not None:
-        _, mean, scale = dictionary.normalization(x)
-        y = y * scale + mean
-    return y + dictionary._skipped(x)
+    return y if x is None else dictionary._finished(y, x.astype(jnp.float32))
 
 
 @jax.jit
@@ -212,5 +218,5 @@ def _entering(dictionary: _Dictionary, x: jax.Array) -> jax.Array:
     """The input as the encoder's matrix multiplies it: [..., d] float32."""
     x = x.astype(jnp.float32)
     if dictionary.normalization is not None:
-        x, _, _ = dictionary.normalization(x)
+        x = dictionary.normalization(x)
     return x - dictionary.b_dec.astype(jnp.float32) if dictionary.subtracts_b_dec else x

@@ -70,3 +70,17 @@ def expanded(names: str | Sequence[str], layers: Sequence[int]) -> tuple[str, ..
     if pattern:
         layers = [int(layer) for layer in pattern[1].split(",")]
     return tuple(re.sub(r"\{[^}]*\}|\*", str(layer), names) for layer in layers)
+
+
+def given_or_named(given: object, name: object, where: object, argument: str) -> str:
+    """The site that the caller gives, or else the one that a config names.
+
+    Raises:
+        CheckpointError: as in `site_of`, or as in `canonical`.
+    """
+    return site_of(name, where, argument) if given is None else canonical(str(given), argument, argument)
+
+
+def module_site(module: str, end: str, where: object, argument: str) -> str:
+    """The site at the "input" or "output" of a Hugging Face module, such as "layers.5.mlp"."""
+    return canonical(f"{module}.{end}", where, argument)

@@ -3,16 +3,23 @@
 import os
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from jax.sharding import Mesh
 
 from gemma3_jax.conversion.hub import locate
-from gemma3_jax.features.formats import gemma_scope
+from gemma3_jax.features.formats import circuit_tracer, dictionary_learning, gemma_scope, saelens, sparsify
 from gemma3_jax.features.formats.folder import Folder, SiteNames
-from gemma3_jax.features.placement import Dictionary, place
+from gemma3_jax.features.placement import place
 from gemma3_jax.reading import CheckpointError, check_file
 
-_FORMATS: dict[str, ModuleType] = {"Gemma Scope 2": gemma_scope}
+_FORMATS: dict[str, ModuleType] = {
+    "Gemma Scope 2": gemma_scope,
+    "SAELens": saelens,
+    "dictionary_learning": dictionary_learning,
+    "sparsify": sparsify,
+    "circuit-tracer": circuit_tracer,
+}
 _SUFFIXES = (".safetensors", ".pt")
 
 
@@ -24,7 +31,7 @@ def load(
     site_in: SiteNames | None = None,
     site_out: SiteNames | None = None,
     mesh: Mesh | None = None,
-) -> Dictionary:
+) -> Any:
     """Load a dictionary, in any of the formats of docs/features.md.
 
     From the hub, only the files of the dictionary are downloaded: not its examples, nor other dictionaries.
@@ -41,7 +48,8 @@ def load(
             their files, which are mapped.
 
     Returns:
-        A `SparseAutoencoder`, `Transcoder`, `CrossLayerTranscoder` or `Crosscoder`, with the dtypes of the file.
+        A `SparseAutoencoder`, `Transcoder`, `CrossLayerTranscoder` or `Crosscoder`, with the dtypes of the file; or a
+        list of transcoders, of a folder with those of several layers (circuit-tracer's `layer_{i}.safetensors`).
 
     Raises:
         CheckpointError: there are no such files, or they are damaged; the format is unknown; or the files do not say
@@ -50,7 +58,8 @@ def load(
     folder = _located(source, path, revision, site_in, site_out)
     for reader in _FORMATS.values():
         if reader.is_here(folder):
-            return place(reader.read(folder), mesh)
+            found = reader.read(folder)
+            return [place(one, mesh) for one in found] if isinstance(found, list) else place(found, mesh)
     offered = ", ".join(sorted(file.name for file in folder.path.iterdir())[:10]) or "nothing"
     raise CheckpointError(
         f"{folder.path} has no dictionary of a known format ({', '.join(_FORMATS)}); it has {offered}; give the folder "

@@ -61,3 +61,14 @@ def of_safetensors(file: Path, keys: Iterable[str] | None = None) -> Tensors:
     return Tensors(
         file, {key: map_tensor(key, stored) for key, stored in header.items() if keys is None or key in keys}
     )
+
+
+def of_k(k: object, width: int, file: Path) -> int:
+    """The number of active features that a config states.
+
+    Raises:
+        CheckpointError: it is not an integer between 1 and the width.
+    """
+    if isinstance(k, bool) or not isinstance(k, int | float) or k != int(k) or not 1 <= k <= width:
+        raise CheckpointError(f"{file}: k is {k!r}; it must be an integer between 1 and the width, {width}")
+    return int(k)
