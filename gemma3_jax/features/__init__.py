@@ -6,6 +6,7 @@ from gemma3_jax.features.layered import Crosscoder, CrossLayerTranscoder
 from gemma3_jax.features.loading import load
 from gemma3_jax.features.normalizations import LayerNorm, UnitNorm
 from gemma3_jax.features.placement import shardings
+from gemma3_jax.features.saving import save
 
 __all__ = [
     "CrossLayerTranscoder",
@@ -19,5 +20,6 @@ __all__ = [
     "Transcoder",
     "UnitNorm",
     "load",
+    "save",
     "shardings",
 ]

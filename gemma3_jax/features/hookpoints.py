@@ -10,7 +10,8 @@ from typing import NoReturn
 
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.reading import CheckpointError
-from gemma3_jax.sites.names import UnknownSite, block, resolve
+from gemma3_jax.sites.names import UnknownSite, block, layer_of, resolve
+from gemma3_jax.sites.table import site
 
 # Names are looked up in the deepest published model, so a name that it does not have is not one of Gemma 3's.
 _DEEPEST = Gemma3Config.preset("27b")
@@ -84,3 +85,22 @@ def given_or_named(given: object, name: object, where: object, argument: str) ->
 def module_site(module: str, end: str, where: object, argument: str) -> str:
     """The site at the "input" or "output" of a Hugging Face module, such as "layers.5.mlp"."""
     return canonical(f"{module}.{end}", where, argument)
+
+
+def huggingface_name(name: str) -> str:
+    """The Hugging Face path of a site, or its canonical name if no module's boundary has its value.
+
+    >>> huggingface_name("blocks.3.attn.o.hook_in"), huggingface_name("blocks.3.ln2.hook_normalized")
+    ('model.layers.3.self_attn.o_proj.input', 'blocks.3.ln2.hook_normalized')
+    """
+    return (site(name).hf or name).replace("{i}", str(layer_of(name)))
+
+
+def transformer_lens_name(name: str) -> str:
+    """TransformerLens' name for a site, or its canonical name if it has no other, or one that has meant several sites.
+
+    >>> transformer_lens_name("blocks.3.hook_out"), transformer_lens_name("blocks.3.ln2.hook_in")
+    ('blocks.3.hook_resid_post', 'blocks.3.ln2.hook_in')
+    """
+    legacy = (site(name).legacy or name).replace("{i}", str(layer_of(name)))
+    return name if legacy.split(".")[-1] in _AMBIGUOUS else legacy

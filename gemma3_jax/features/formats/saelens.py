@@ -27,7 +27,7 @@ _TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprel
 _AUTOENCODERS = ("standard", "topk", "jumprelu", "gated")
 # Names of settings before version 6.
 _RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
-_NORMALIZATIONS: dict[str, Normalization | None] = {
+NORMALIZATIONS: dict[str, Normalization | None] = {
     "none": None,
     "expected_average_only_in": None,
     "constant_norm_rescale": UnitNorm(),
@@ -130,8 +130,8 @@ def _rescaled(weights: dict[str, Any], config: dict[str, Any], tensors: Tensors,
 def _normalization(config: dict[str, Any], file: Path) -> Normalization | None:
     name = config.get("normalize_activations") or "none"
     name = "expected_average_only_in" if name is True else name
-    if name not in _NORMALIZATIONS:
-        known = ", ".join(_NORMALIZATIONS)
+    if name not in NORMALIZATIONS:
+        known = ", ".join(NORMALIZATIONS)
         raise CheckpointError(f"{file}: normalize_activations is {name!r}; known are {known}, and folded weights")
     if name == "expected_average_only_in":
         warnings.warn(
@@ -139,4 +139,4 @@ def _normalization(config: dict[str, Any], file: Path) -> Normalization | None:
             "is not scaled here, as in SAELens. Multiply W_enc by the factor, and divide W_dec and b_dec by it",
             stacklevel=2,
         )
-    return _NORMALIZATIONS[name]
+    return NORMALIZATIONS[name]
