@@ -155,14 +155,14 @@ def part(letter: str, size: int, mesh: Mesh | AbstractMesh | None) -> int:
     return int(NamedSharding(mesh, spec(letter, (size,), mesh)).shard_shape((size,))[0])
 
 
-def parts(letter: str, size: int, value: jax.Array) -> int:
-    """The number of parts into which an axis is cut on the mesh that a value is computed on; 1 without a mesh.
+def auto_mesh() -> AbstractMesh | None:
+    """The mesh that is set, if it has several devices and Auto axes.
 
-    >>> parts("f", 8, jax.numpy.ones(8))
-    1
+    >>> auto_mesh() is None
+    True
     """
-    mesh = _mesh(value)
-    return 1 if mesh is None else size // part(letter, size, mesh)
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if mesh.size > 1 and set(mesh.axis_types) == {AxisType.Auto} else None
 
 
 def mesh_of(arrays: PyTree) -> Mesh | None:

@@ -6,6 +6,7 @@ and placed by `jax.device_put`. Everything is computed in float32, whatever the 
 Axes: d features of the site, f features of the dictionary, k largest ones, h heads, e head_dim; `...` tokens.
 """
 
+import contextlib
 import functools
 
 import flax.struct
@@ -17,6 +18,8 @@ from gemma3_jax.compute.matmul import matmul
 from gemma3_jax.features.activations import Activation
 from gemma3_jax.features.largest import largest
 from gemma3_jax.features.normalizations import Normalization
+from gemma3_jax.meshes import set_mesh_of
+from gemma3_jax.types import PyTree
 
 
 @flax.struct.dataclass(kw_only=True)
@@ -68,7 +71,9 @@ class _Dictionary:
             ValueError: as for `encode`; or k is not between 1 and the width.
         """
         check_k(k, self.width)
-        return _encode_topk(self, self._flat(x), k)
+        x = self._flat(x)
+        with on_mesh_of(self.W_enc, x):
+            return _encode_topk(self, x, k)
 
     def decode(self, f: ArrayLike, x: ArrayLike | None = None) -> jax.Array:
         """The output that features write: [..., d] float32 of [..., f].
@@ -120,6 +125,7 @@ class SparseAutoencoder(_Dictionary):
 
     Attributes as in `Transcoder`, without `skip`. A normalization of the input is undone on the output.
 
+    >>> import jax.numpy as jnp
     >>> from gemma3_jax import features
     >>> identity, zero = jnp.eye(3), jnp.zeros(3)
     >>> sae = features.SparseAutoencoder(
@@ -165,6 +171,7 @@ class Transcoder(_Dictionary):
         subtracts_b_dec: whether `b_dec` is subtracted from the normalized input before the encoder.
         skip: [d, d], from the input to the output, or None: `x @ skip` is added to the output.
 
+    >>> import jax.numpy as jnp
     >>> from gemma3_jax import features
     >>> one = features.Transcoder(
     ...     W_enc=jnp.ones((2, 1)), b_enc=jnp.zeros(1), W_dec=jnp.ones((1, 2)), b_dec=jnp.zeros(2), skip=jnp.eye(2),
@@ -181,6 +188,12 @@ class Transcoder(_Dictionary):
     def _finished(self, y: jax.Array, x: jax.Array) -> jax.Array:
         # [..., d] x [d, d] -> [..., d]
         return y if self.skip is None else y + matmul("...i,io->...o", x, self.skip.astype(jnp.float32))
+
+
+def on_mesh_of(W_enc: PyTree, x: PyTree) -> contextlib.AbstractContextManager[object]:
+    """`jax.set_mesh` with the mesh of the weights; nothing while a function is traced, where the caller sets it."""
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((W_enc, x)))
+    return contextlib.nullcontext() if traced else set_mesh_of(W_enc)
 
 
 def check_k(k: int, width: int) -> None:

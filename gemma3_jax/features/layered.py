@@ -23,14 +23,14 @@ from jax.typing import ArrayLike
 
 from gemma3_jax.compute.matmul import matmul
 from gemma3_jax.features.activations import Activation
-from gemma3_jax.features.dictionaries import check_k
+from gemma3_jax.features.dictionaries import check_k, on_mesh_of
 from gemma3_jax.features.largest import largest
+from gemma3_jax.reading import release
 
 # Bytes of decoder rows that are in memory at once when they are read from a file.
 ROWS_BYTES = 2**26
 
 Layers = tuple[jax.Array, ...]
-Activations = tuple[Activation, ...]
 Inputs = Mapping[str, ArrayLike] | Sequence[ArrayLike] | ArrayLike
 
 
@@ -59,7 +59,8 @@ class _Layered:
         Raises:
             ValueError: there is not one value for each layer, or one does not have the d features.
         """
-        return _encode(*self._encoder, self._inputs(x))
+        layers = zip(self._inputs(x), self.W_enc, self.b_enc, self.activation, strict=True)
+        return jnp.stack([_encode(*layer) for layer in layers])
 
     def encode_topk(self, x: Inputs, k: int) -> tuple[jax.Array, jax.Array]:
         """The k largest features of each layer: values [l, ..., k] float32, indices [l, ..., k] int32.
@@ -70,7 +71,11 @@ class _Layered:
             ValueError: as for `encode`; or k is not between 1 and the width.
         """
         check_k(k, self.width)
-        return _encode_topk(*self._encoder, self._inputs(x), k)
+        inputs = self._inputs(x)
+        with on_mesh_of(self.W_enc, inputs):
+            layers = zip(inputs, self.W_enc, self.b_enc, self.activation, strict=True)
+            values, indices = zip(*(_encode_topk(*layer, k) for layer in layers), strict=True)
+            return jnp.stack(values), jnp.stack(indices)
 
     def decode(self, f: ArrayLike, x: Inputs | None = None) -> jax.Array:
         """The outputs that features write: [m, ..., d] float32 of [l, ..., f].
@@ -97,10 +102,6 @@ class _Layered:
         """The outputs for an input: `decode(encode(x), x)`."""
         x = self._inputs(x)
         return self.decode(self.encode(x), x)
-
-    @property
-    def _encoder(self) -> tuple[Layers, Layers, Activations]:
-        return self.W_enc, self.b_enc, self.activation
 
     def _inputs(self, x: Inputs) -> Layers:
         """The values of the layers, each [..., d]."""
@@ -161,20 +162,19 @@ class Crosscoder(_Layered):
         return self.site_in
 
 
+# For each layer: the layers share one compiled program, which has the temporary arrays of one of them.
 @jax.jit
-def _encode(W_enc: Layers, b_enc: Layers, activation: Activations, x: Layers) -> jax.Array:
-    products = _products(x, W_enc)
-    return jnp.stack([act(z + b.astype(jnp.float32)) for z, b, act in zip(products, b_enc, activation, strict=True)])
+def _encode(x: jax.Array, W_enc: jax.Array, b_enc: jax.Array, activation: Activation) -> jax.Array:
+    # [..., d] x [d, f] -> [..., f]
+    z = matmul("...d,df->...f", x.astype(jnp.float32), W_enc.astype(jnp.float32))
+    return activation(z + b_enc.astype(jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnames="k")
 def _encode_topk(
-    W_enc: Layers, b_enc: Layers, activation: Activations, x: Layers, k: int
+    x: jax.Array, W_enc: jax.Array, b_enc: jax.Array, activation: Activation, k: int
 ) -> tuple[jax.Array, jax.Array]:
-    layers = zip(x, W_enc, b_enc, activation, strict=True)
-    found = [largest(value.astype(jnp.float32), W, b, act, k) for value, W, b, act in layers]
-    values, indices = zip(*found, strict=True)
-    return jnp.stack(values), jnp.stack(indices)
+    return largest(x.astype(jnp.float32), W_enc, b_enc, activation, k)
 
 
 @jax.jit
@@ -207,6 +207,7 @@ def _decode_from_file(W_dec: Sequence[np.ndarray], f: jax.Array) -> np.ndarray:
             # [..., f] x [f, m, d] -> [..., m, d]
             written = np.tensordot(features[..., rows], W[rows].astype(np.float32), axes=1)
             y[layers - W.shape[1] :] += np.moveaxis(written, -2, 0)
+            release(W)
     return y
 
 

@@ -59,7 +59,9 @@ def load(
     for reader in _FORMATS.values():
         if reader.is_here(folder):
             found = reader.read(folder)
-            return [place(one, mesh) for one in found] if isinstance(found, list) else place(found, mesh)
+            if isinstance(found, list):
+                return [place(one, mesh, folder.path) for one in found]
+            return place(found, mesh, folder.path)
     offered = ", ".join(sorted(file.name for file in folder.path.iterdir())[:10]) or "nothing"
     raise CheckpointError(
         f"{folder.path} has no dictionary of a known format ({', '.join(_FORMATS)}); it has {offered}; give the folder "

@@ -4,16 +4,18 @@ Axes: d features of a site, f features of the dictionary, m layers that are writ
 """
 
 import dataclasses
+from pathlib import Path
 from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from gemma3_jax.conversion.finite import all_finite
 from gemma3_jax.features.dictionaries import SparseAutoencoder, Transcoder
 from gemma3_jax.features.layered import Crosscoder, CrossLayerTranscoder
 from gemma3_jax.meshes import as_auto, spec
+from gemma3_jax.reading import CheckpointError, release
 
 Dictionary = SparseAutoencoder | Transcoder | CrossLayerTranscoder | Crosscoder
 _AnyDictionary = TypeVar("_AnyDictionary", bound=Dictionary)
@@ -26,6 +28,7 @@ _LAYERED_DECODER = "f m d"
 def shardings(dictionary: _AnyDictionary, mesh: Mesh) -> _AnyDictionary:
     """How each array is cut over a mesh: `NamedSharding`s in a pytree like the dictionary.
 
+    >>> import jax.numpy as jnp
     >>> from gemma3_jax import features
     >>> from gemma3_jax.placing import make_mesh
     >>> one, f = jnp.eye(2), jnp.zeros(2)
@@ -52,18 +55,37 @@ def _letters(attribute: str, axes: int) -> str:
     return _LAYERED_DECODER if attribute == "W_dec" and axes == 3 else letters
 
 
-def place(dictionary: _AnyDictionary, mesh: Mesh | None) -> _AnyDictionary:
+def place(dictionary: _AnyDictionary, mesh: Mesh | None, where: Path) -> _AnyDictionary:
     """A dictionary of mapped arrays, read onto the devices of a mesh, part by part, or onto the default device.
 
     Without a mesh, the decoders of a layered dictionary stay in the file.
+
+    Args:
+        dictionary: with NumPy arrays.
+        mesh: devices, or None.
+        where: its directory, for messages.
+
+    Raises:
+        CheckpointError: a weight is NaN or infinite.
     """
-    if mesh is not None:
-        return jax.tree.map(_cut, dictionary, shardings(dictionary, mesh))
-    if isinstance(dictionary, CrossLayerTranscoder | Crosscoder):
-        others = jax.tree.map(jnp.array, dataclasses.replace(dictionary, W_dec=()))
-        return dataclasses.replace(others, W_dec=dictionary.W_dec)
-    return jax.tree.map(jnp.array, dictionary)
+    kept = None
+    if mesh is None and isinstance(dictionary, CrossLayerTranscoder | Crosscoder):
+        dictionary, kept = dataclasses.replace(dictionary, W_dec=()), dictionary.W_dec
+    leaves, structure = jax.tree_util.tree_flatten_with_path(dictionary)
+    targets = [None] * len(leaves) if mesh is None else jax.tree.leaves(shardings(dictionary, mesh))
+    placed = [_placed(path[0].name, leaf, to, where) for (path, leaf), to in zip(leaves, targets, strict=True)]
+    whole = jax.tree.unflatten(structure, placed)
+    return whole if kept is None else dataclasses.replace(whole, W_dec=kept)
 
 
-def _cut(leaf: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.ascontiguousarray(leaf[index]))
+def _placed(attribute: str, leaf: np.ndarray, target: NamedSharding | None, where: Path) -> jax.Array:
+    if target is None:
+        array = jax.device_put(leaf, may_alias=False)  # an alias would change, or fail, with the file
+    else:
+        array = jax.make_array_from_callback(leaf.shape, target, lambda index: np.ascontiguousarray(leaf[index]))
+    # Otherwise the temporary copies of several arrays would be in memory together
+    array.block_until_ready()
+    release(leaf)
+    if attribute != "activation" and not all_finite(array):  # a threshold may be infinite: that of a dead feature
+        raise CheckpointError(f"{where}: {attribute} has NaN or infinity; the files are damaged")
+    return array
