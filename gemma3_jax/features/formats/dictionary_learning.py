@@ -37,6 +37,11 @@ def is_here(folder: Folder) -> bool:
     return folder.has(WEIGHTS)
 
 
+def model_name(folder: Folder) -> object:
+    """The name of the model, as the config has it; None if it has none."""
+    return folder.config(CONFIG).get("trainer", {}).get("lm_name")
+
+
 def read(folder: Folder) -> SparseAutoencoder:
     """The dictionary.
 

@@ -45,6 +45,11 @@ def is_here(folder: Folder) -> bool:
     return folder.has(PARAMS) or bool(folder.numbered(LAYER_PARAMS))
 
 
+def model_name(folder: Folder) -> object:
+    """The name of the model, as the config has it; None if it has none."""
+    return folder.config(CONFIG).get("model_name")
+
+
 def read(folder: Folder) -> Dictionary:
     """The dictionary with mapped arrays.
 

@@ -24,6 +24,11 @@ def is_here(folder: Folder) -> bool:
     return folder.has(WEIGHTS)
 
 
+def model_name(folder: Folder) -> object:
+    """None: the files do not name the model."""
+    return None
+
+
 def read(folder: Folder) -> SparseAutoencoder | Transcoder:
     """The dictionary with mapped arrays.
 
