@@ -155,6 +155,16 @@ def part(letter: str, size: int, mesh: Mesh | AbstractMesh | None) -> int:
     return int(NamedSharding(mesh, spec(letter, (size,), mesh)).shard_shape((size,))[0])
 
 
+def auto_mesh() -> AbstractMesh | None:
+    """The mesh that is set, if it has several devices and Auto axes.
+
+    >>> auto_mesh() is None
+    True
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if mesh.size > 1 and set(mesh.axis_types) == {AxisType.Auto} else None
+
+
 def mesh_of(arrays: PyTree) -> Mesh | None:
     """The mesh of the arrays, if it has several devices; else None.
 

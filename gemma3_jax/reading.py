@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import mmap
 import stat
 from pathlib import Path
 from typing import Any
@@ -159,3 +160,15 @@ def map_tensor(key: str, stored: Stored) -> np.ndarray:
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{stored.file}: {key} cannot be read: {error}") from error
     return mapped.view(np.ndarray).view(dtype).reshape(stored.shape)
+
+
+def release(mapped: np.ndarray) -> None:
+    """Give back the memory of the pages of `map_tensor` that were read; they are read again when they are used.
+
+    Other arrays stay as they are.
+    """
+    base = mapped.base
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)

@@ -70,6 +70,10 @@ ROOMS = {
         "patching, sweeps, attribution, lenses, circuits",
         "descriptions config grids types renamed positions meshes inputs compute sites hooks model cache run hooked",
     ),
+    "features": (
+        "sparse autoencoders, transcoders, CLTs and crosscoders, in the formats of other tools",
+        "messages reading config types processes meshes compute sites conversion",
+    ),
     "pictures": ("heatmaps, coloured texts and maps, as HTML and PNG", "atomic config grids extras sites"),
     "parity": ("the comparison with Hugging Face, in torch", "config types extras sites model conversion run"),
     "cli": (

@@ -17,12 +17,14 @@ from tests.helpers.small_model import TOKENS, small
 
 SURFACE = {
     "gemma3_jax": "TINY ActivationCache ConfigError EmbeddingHead FactoredMatrix Gemma3 Gemma3Config Hook HookPoint "
-    "HookedGemma3 Rope UnknownSite analysis edits forward get_act_name grad_at next_token_loss patching pictures "
-    "reductions site_names stack_layers unstack_layers",
+    "HookedGemma3 Rope UnknownSite analysis edits features forward get_act_name grad_at next_token_loss patching "
+    "pictures reductions site_names stack_layers unstack_layers",
     "conversion": "CheckpointError convert_checkpoint convert_state_dict export_checkpoint load_params read_heads "
     "save_params",
     "conversion.parity": "Report Row compare compare_sites parity",
     "gemma3_jax.edits": "Add Clamp FromCache FromRow Mean Noise Only ProjectOut Replace Scale only",
+    "gemma3_jax.features": "CrossLayerTranscoder Crosscoder Gated JumpRelu LayerNorm Relu SparseAutoencoder TopK "
+    "Transcoder UnitNorm load save shardings",
     "gemma3_jax.generation": "Generation generate",
     "gemma3_jax.placing": "Fit fits make_mesh param_shardings",
     "gemma3_jax.reductions": "At Cast Mean Project TopK TopValues",
@@ -40,7 +42,7 @@ MEMBERS = {
     "remove_batch_dim save sliced stack_activation stack_head_results stack_neuron_results tree_flatten_with_keys "
     "tree_unflatten values with_inputs with_params",
 }
-MODULES = {"analysis", "edits", "patching", "pictures", "reductions"}
+MODULES = {"analysis", "edits", "features", "patching", "pictures", "reductions"}
 
 
 @pytest.mark.parametrize("name", SURFACE)

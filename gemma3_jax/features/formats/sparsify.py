@@ -1,0 +1,60 @@
+"""sparsify: `cfg.json` and `sae.safetensors`, in a folder with the name of a module, such as `layers.5.mlp`.
+
+An autoencoder is of the module's output, and subtracts `b_dec` from it; a transcoder reads the module's input. The k
+largest features of a token are active. `W_skip` is [d_out, d_in]: `x @ W_skip.T`.
+
+Axes: i features of the input, o of the output, f features of the dictionary.
+"""
+
+from typing import Any
+
+from gemma3_jax.features.activations import TopK
+from gemma3_jax.features.dictionaries import SparseAutoencoder, Transcoder
+from gemma3_jax.features.formats.folder import Folder
+from gemma3_jax.features.formats.tensors import of_k, of_safetensors
+from gemma3_jax.features.hookpoints import canonical, module_site
+from gemma3_jax.reading import CheckpointError
+
+CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+FILES = (CONFIG, WEIGHTS)
+
+
+def is_here(folder: Folder) -> bool:
+    """Whether a folder has files of this format."""
+    return folder.has(WEIGHTS)
+
+
+def model_name(folder: Folder) -> object:
+    """None: the files do not name the model."""
+    return None
+
+
+def read(folder: Folder) -> SparseAutoencoder | Transcoder:
+    """The dictionary with mapped arrays.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or not as the format says; or the folder is not named for a module.
+    """
+    file = folder.path / CONFIG
+    config, tensors = folder.config(CONFIG), of_safetensors(folder.path / WEIGHTS)
+    if config.get("activation", "topk") != "topk":
+        raise CheckpointError(f"{file}: the activation {config['activation']!r} is not supported; known is topk")
+    transcode = bool(config.get("transcode", False))
+    shared: dict[str, Any] = {
+        "W_enc": tensors.take("encoder.weight", "f i").T,
+        "b_enc": tensors.take("encoder.bias", "f"),
+        "W_dec": tensors.take("W_dec", "f o"),
+        "b_dec": tensors.take("b_dec", "o"),
+        "activation": TopK(of_k(config.get("k"), tensors.sizes["f"], file)),
+        "site_in": _site(folder, "site_in", "input" if transcode else "output"),
+        "subtracts_b_dec": not transcode,
+    }
+    skip = tensors.take("W_skip", "o i").T if "W_skip" in tensors else None
+    if not transcode and skip is None:
+        return SparseAutoencoder(**shared)
+    return Transcoder(**shared, skip=skip, site_out=_site(folder, "site_out", "output"))
+
+
+def _site(folder: Folder, argument: str, end: str) -> str:
+    given = getattr(folder, argument)
+    return canonical(given, argument, argument) if given else module_site(folder.path.name, end, folder.path, argument)
