@@ -69,6 +69,11 @@ ROOMS = {
         "patching, sweeps, attribution, lenses, circuits",
         "descriptions config types renamed positions meshes inputs compute sites hooks model cache run hooked",
     ),
+    "harvest": (
+        "from a corpus to numbered units to a store of activations, and back",
+        "messages atomic reading descriptions config types extras version positions inputs sites hooks cache run "
+        "hooked",
+    ),
     "pictures": ("heatmaps, coloured texts and maps, as HTML and PNG", "atomic config extras sites"),
     "parity": ("the comparison with Hugging Face, in torch", "config types extras sites model conversion run"),
     "cli": (
@@ -82,6 +87,7 @@ ONLY_IN = {
     "matplotlib": ["pictures"],
     "typer": ["cli"],
     "gguf": ["conversion"],
+    "pyarrow": ["harvest"],
 }
 
 FILES = sorted((ROOT / "gemma3_jax").rglob("*.py"))
