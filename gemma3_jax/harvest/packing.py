@@ -4,7 +4,8 @@ A unit has consecutive documents of the corpus, so that the store is in the corp
 its place in the corpus. Inside a unit, documents are packed by best fit, the longest first. A document that fits a row
 is never cut: all its tokens see what they would see alone. One that is longer than a row has to be cut, and is cut
 where it fills the rows. Each of its pieces is a text of its own: it begins with BOS, if the document does, and does not
-see the pieces before.
+see the pieces before. If most documents take more than half of a row, this leaves holes; the alternative is to cut
+documents wherever a row ends.
 
 Lengths count the tokens after BOS; `lead` is 1 if there is a BOS, and 0 otherwise.
 """
@@ -13,7 +14,9 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
+
+Pack: TypeAlias = bool | Literal["cut"]
 
 
 class Extent(NamedTuple):
@@ -38,7 +41,7 @@ class Piece(NamedTuple):
     column: int
 
 
-def fill(extents: Sequence[Extent], rows: int, length: int, pack: bool) -> tuple[list[Piece], tuple[int, int]]:
+def fill(extents: Sequence[Extent], rows: int, length: int, pack: Pack) -> tuple[list[Piece], tuple[int, int]]:
     """The pieces of a unit, in the corpus' order; and where the next unit begins: a document, and a token of it.
 
     Args:
@@ -46,14 +49,14 @@ def fill(extents: Sequence[Extent], rows: int, length: int, pack: bool) -> tuple
             many of them are taken as fit; the last may be cut, if it is longer than a row.
         rows: rows of the unit.
         length: tokens of a row.
-        pack: whether documents share rows.
+        pack: whether documents share rows; "cut" fills each row, and cuts documents at its end.
 
     >>> pieces, following = fill([Extent(i, 0, n, 0) for i, n in enumerate([3, 5, 5, 3, 9])], 2, 8, True)
     >>> [(p.extent.document, p.row, p.column) for p in pieces], following
     ([(0, 0, 5), (1, 0, 0), (2, 1, 0), (3, 1, 5)], (4, 0))
     """
-    if not pack:
-        return _one_a_row(extents, rows, length)
+    if pack is not True:
+        return _in_order(extents, rows, length, share=bool(pack))
     room, most = rows * length, 0
     while most < len(extents) and room > 0:
         room -= extents[most].size
@@ -122,16 +125,20 @@ def _cut(extent: Extent, holes: list[tuple[int, int]], length: int) -> tuple[lis
     return pieces, extent
 
 
-def _one_a_row(extents: Sequence[Extent], rows: int, length: int) -> tuple[list[Piece], tuple[int, int]]:
-    """A document in each row; one that is longer than a row takes several."""
+def _in_order(extents: Sequence[Extent], rows: int, length: int, share: bool) -> tuple[list[Piece], tuple[int, int]]:
+    """Row after row; each piece has a row of its own, or else begins where the last one ended."""
     pieces: list[Piece] = []
+    row, column = 0, 0
     for extent in extents:
         rest = extent
         while rest.size > 0:
-            if len(pieces) == rows:
+            if column and (not share or length - column <= rest.lead):
+                row, column = row + 1, 0
+            if row == rows:
                 return pieces, (rest.document, rest.start)
-            stop = min(rest.stop, rest.start + length - rest.lead)
-            pieces.append(Piece(rest._replace(stop=stop), len(pieces), 0))
+            stop = min(rest.stop, rest.start + length - column - rest.lead)
+            pieces.append(Piece(rest._replace(stop=stop), row, column))
+            column += pieces[-1].extent.size
             if stop == rest.stop:
                 break
             rest = rest._replace(start=stop)

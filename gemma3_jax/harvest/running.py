@@ -35,6 +35,7 @@ from gemma3_jax.harvest.manifest import (
     with_plan,
     write_manifest,
 )
+from gemma3_jax.harvest.packing import Pack
 from gemma3_jax.harvest.parts import Claim, part_of, remove_claims, units_of
 from gemma3_jax.harvest.sources import Corpus, as_corpus
 from gemma3_jax.harvest.units import KEPT, Keep, Layout, Plan, Unit, make_plan, make_unit
@@ -57,7 +58,7 @@ def harvest(
     part: tuple[int, int] | str = (0, 1),
     seed: int = 0,
     *,
-    pack: bool = True,
+    pack: Pack = True,
     drop_bos: bool = False,
     sample: int | None = None,
     keep: Keep | None = None,
@@ -86,8 +87,9 @@ def harvest(
         part: (number, count), the part of the units that this process does; "environment", the part that Slurm,
             Kubernetes or Cloud TPU gives this process; or "claim": whatever no other process is doing.
         seed: for `sample`.
-        pack: pack several documents into a row, which do not see each other. False gives each row one document, and
-            makes a unit as wide as its longest document.
+        pack: pack several documents into a row, which do not see each other; a document that fits a row is whole. "cut"
+            leaves no padding: a document that does not fit what is left of a row is cut there. False gives each row one
+            document, and makes a unit as wide as its longest document.
         drop_bos: do not keep BOS.
         sample: keep only so many tokens of each document, by chance, and no BOS.
         keep: keep only tokens for which `keep(tokens, positions)` is true; it takes and returns NumPy arrays [n].
@@ -164,8 +166,12 @@ def _planned(model: HookedGemma3, corpus: Corpus, layout: Layout, progress: bool
         plan = make_plan(model, corpus, layout, lambda done: bar.update(done - bar.n))
     padding = 1 - plan.tokens / (plan.units * layout.rows * layout.length)
     if layout.pack and plan.units > 1 and padding > _PADDING:
-        _log.warning("%.0f%% of the tokens are padding: documents fit rows of length %d badly; try a longer one",
-                     100 * padding, layout.length)  # fmt: skip
+        _log.warning(
+            "%.0f%% of the tokens are padding, because documents fit rows of %d tokens badly; try a larger length, or "
+            "pack='cut'",
+            100 * padding,
+            layout.length,
+        )
     return plan
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from gemma3_jax.harvest.documents import bos_of, documents
 from gemma3_jax.harvest.errors import StoreError
-from gemma3_jax.harvest.packing import Extent, Piece, fill
+from gemma3_jax.harvest.packing import Extent, Pack, Piece, fill
 from gemma3_jax.harvest.sources import Corpus
 from gemma3_jax.hooked.buckets import bucket
 from gemma3_jax.hooked.protocol import Model
@@ -33,12 +33,14 @@ class Layout:
     rows: int
     length: int
     seed: int
-    pack: bool
+    pack: Pack
     drop_bos: bool
     sample: int | None
     keep: Keep | None
 
     def __post_init__(self) -> None:
+        if self.pack not in (True, False, "cut"):
+            raise StoreError(f"pack is {self.pack!r}; it must be True, False or 'cut'")
         wrong = [name for name in ("rows", "length") if getattr(self, name) < 1]
         if wrong or self.length < 2 or (self.sample is not None and self.sample < 1):
             raise StoreError(
@@ -189,7 +191,7 @@ def _arrays(pieces: list[Piece], texts: dict[int, np.ndarray]) -> tuple[dict[str
 
 
 def _inputs(
-    arrays: dict[str, np.ndarray], columns: np.ndarray, shape: tuple[int, int], padding: int, pack: bool
+    arrays: dict[str, np.ndarray], columns: np.ndarray, shape: tuple[int, int], padding: int, pack: Pack
 ) -> Inputs:
     """Tokens, mask, and in packed rows positions and documents, each [b, p]. An empty row runs with a padding token."""
     at = arrays["rows"], columns

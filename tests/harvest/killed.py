@@ -2,7 +2,6 @@
 
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -44,7 +43,7 @@ def kill_at_random(out: Path, parts: list[str], seed: int) -> None:
         time.sleep(0.001)
     time.sleep(generator.uniform(0, 0.3))
     for process in processes:
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.communicate()
 
 
