@@ -1,4 +1,4 @@
-"""Which units a process does: its part, by number or by what a scheduler says, or what nobody else has claimed."""
+"""Which units a process does: its part, by number or by what a scheduler says, or what is unclaimed."""
 
 import numpy as np
 import pytest

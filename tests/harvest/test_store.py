@@ -90,7 +90,7 @@ def test_arrays_of_a_batch(store, to, kind):
 
 
 def test_rows(store):
-    """Inside a unit and over several; nothing; and what is not there is an error."""
+    """Inside a unit and over several; nothing; and absent rows are an error."""
     every = store.tokens(0, len(store))
     bounds = store.bounds("tokens").tolist()
     assert len(bounds) > 3
