@@ -15,6 +15,7 @@ TITLES = {
     "forward": "Forward",
     "parts": "Parts of a forward pass",
     "capture": "Capture",
+    "harvest": "Harvest",
     "edit": "Edit",
     "gradient": "Gradient",
     "patching": "Patching",

@@ -6,7 +6,7 @@ from etils import epy
 
 # A name is imported when it is first used: conversion needs the config alone.
 with epy.lazy_api_imports(globals()):
-    from gemma3_jax import analysis, edits, features, pictures, reductions
+    from gemma3_jax import analysis, edits, features, harvest, pictures, reductions
     from gemma3_jax.analysis import FactoredMatrix, patching
     from gemma3_jax.cache.activations import ActivationCache
     from gemma3_jax.config import ConfigError, EmbeddingHead, Gemma3Config, Rope
@@ -41,6 +41,7 @@ __all__ = [
     "forward",
     "get_act_name",
     "grad_at",
+    "harvest",
     "next_token_loss",
     "patching",
     "pictures",

@@ -95,6 +95,25 @@ def new_file(file: str | os.PathLike[str]) -> Iterator[Path]:
         content.replace(target)
 
 
+@contextlib.contextmanager
+def new_durable_file(file: str | os.PathLike[str]) -> Iterator[Path]:
+    """`new_file`, whose content and name are on the disk after the block, even if the machine then fails."""
+    target = Path(file)
+    with new_file(target) as temporary:
+        yield temporary
+        _sync(temporary)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or a directory is on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 def _resolved(path: str | os.PathLike[str]) -> Path:
     target = Path(path).resolve()
     if not target.parent.is_dir():
@@ -107,7 +126,7 @@ def _resolved(path: str | os.PathLike[str]) -> Path:
 @contextlib.contextmanager
 def _temporary(parent: Path) -> Iterator[Path]:
     """A locked directory, which is removed at the end, also when a signal ends the process."""
-    _remove_abandoned(parent)
+    remove_abandoned(parent)
     with _fatal_signals_wait(), contextlib.ExitStack() as stack:
         while True:
             # The process id is there for people who find the directory.
@@ -131,8 +150,8 @@ def _locked(temporary: Path, stack: contextlib.ExitStack) -> bool:
     return (temporary / _LOCK).exists()
 
 
-def _remove_abandoned(parent: Path) -> None:
-    """Remove the temporary directories of writers that were killed: their locks are free."""
+def remove_abandoned(parent: Path) -> None:
+    """Remove the temporary directories in a directory whose writers were killed: their locks are free."""
     for temporary in parent.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError), (temporary / _LOCK).open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -19,6 +19,7 @@ with needs_extra("cli", "the command line needs"):
 from gemma3_jax.cli.checkpoints import convert, export, info
 from gemma3_jax.cli.fits import fits
 from gemma3_jax.cli.generate import generate
+from gemma3_jax.cli.harvest import harvest
 from gemma3_jax.cli.parity import parity, parity_module
 from gemma3_jax.cli.shared import check_devices, console, say, size, working
 from gemma3_jax.cli.sites import sites
@@ -78,6 +79,7 @@ def demo(
 
 for command in (convert, export, parity, generate, sites, info, fits):
     app.command()(command)
+app.add_typer(harvest, name="harvest")
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ from gemma3_jax.messages import printable
 _SECONDS = 5.0  # published templates take a few milliseconds
 
 
-def render_chat(tokenizer: Any, messages: list[Any]) -> str:
-    """The text of a conversation, up to the beginning of the model's turn.
+def render_chat(tokenizer: Any, messages: list[Any], *, to_continue: bool = True) -> str:
+    """The text of a conversation; with `to_continue`, up to the beginning of the model's turn.
 
     Raises:
         ValueError: the tokenizer has no chat template, or the template refuses the conversation, fails or does not end.
@@ -23,7 +23,7 @@ def render_chat(tokenizer: Any, messages: list[Any]) -> str:
     try:
         _refuse_powers(tokenizer.chat_template)
         with _time_limit(_SECONDS):
-            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_continue)
     except Exception as error:
         why = printable(f"{type(error).__name__}: {error}")
         raise ValueError(f"the chat template cannot write this conversation: {why}") from error

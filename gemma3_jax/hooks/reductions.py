@@ -41,7 +41,7 @@ from gemma3_jax.sites.names import Match
 from gemma3_jax.sites.table import token_axis
 from gemma3_jax.types import PyTree
 
-__all__ = ["At", "Cast", "Mean", "Project", "TopK", "TopValues"]
+__all__ = ["At", "Cast", "Int8", "Int8Values", "Mean", "Project", "TopK", "TopValues"]
 
 Reduction = Callable[[jax.Array, Hook], PyTree]
 
@@ -139,6 +139,37 @@ class Cast:
         return value.astype(self.dtype)
 
 
+class Int8Values(NamedTuple):
+    """The result of `Int8`: int8 [..., d], and scales [..., 1] float32; the value is their product."""
+
+    int8: jax.Array
+    scales: jax.Array
+
+
+@flax.struct.dataclass
+class Int8:
+    """The value in 8 bits, with a scale for each token (for each vector along the last axis): `Int8Values`.
+
+    The scale is the largest magnitude over 127, so the error is at most half of it. An activation store of this takes
+    a quarter of float32's bytes, and gives float32 back. A vector with an infinite entry or NaN has NaN as its scale.
+
+    >>> import jax.numpy as jnp
+    >>> small = Int8()(jnp.asarray([[1.0, -2.0, 254.0]]), None)
+    >>> (small.int8 * small.scales).tolist()
+    [[0.0, -2.0, 254.0]]
+    """
+
+    def __call__(self, value: jax.Array, hook: Hook) -> Int8Values:
+        """`Int8Values`."""
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"Int8 takes floats; the value is {value.dtype}")
+        wide = value.astype(jnp.float32)
+        largest = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
+        scales = jnp.where(jnp.isfinite(largest), largest / 127, jnp.nan)
+        rounded = jnp.round(wide / jnp.where(scales > 0, scales, 1))
+        return Int8Values(jnp.where(jnp.isnan(rounded), 0, rounded).astype(jnp.int8), scales)
+
+
 class TopValues(NamedTuple):
     """The result of `TopK`: values [..., k], the largest first, and their feature indices [..., k] int32."""
 
@@ -214,7 +245,7 @@ def as_steps(given: Reduction | Sequence[Reduction] | None, match: Match, extent
 
 def is_ready(steps: Steps | Traced) -> bool:
     """Whether all reductions are those of this module, which read only their own arrays. A subclass may read more."""
-    return isinstance(steps, Traced) or all(type(step) in (At, Mean, Project, Cast, TopK) for step in steps.steps)
+    return isinstance(steps, Traced) or all(type(step) in (At, Mean, Project, Cast, Int8, TopK) for step in steps.steps)
 
 
 def _as_pytree(step: Reduction) -> Reduction:

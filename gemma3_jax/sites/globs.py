@@ -4,8 +4,68 @@ A regular expression would not do: Python's matcher backtracks, and on a glob of
 """
 
 import collections
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+_MOST = 10_000  # names that braces may stand for: a model has fewer layers and heads than that
+_DEEPEST = 32
+
+
+class GlobError(ValueError):
+    """Braces that do not pair up, or that stand for too many names."""
+
+
+def alternatives(glob: str) -> list[str]:
+    """The globs without braces that a glob stands for, each once, in the order in which they are written.
+
+    `{a,b}` is `a` or `b`, and `{2..5}` is each of these numbers. Braces may be nested, and a glob may have several.
+
+    Raises:
+        GlobError: a brace has no partner, or the braces stand for more than 10,000 names.
+
+    >>> alternatives("blocks.{5,9}.hook_{in,out}")
+    ['blocks.5.hook_in', 'blocks.5.hook_out', 'blocks.9.hook_in', 'blocks.9.hook_out']
+    >>> alternatives("blocks.{0..2,{7,9}}.hook_out")
+    ['blocks.0.hook_out', 'blocks.1.hook_out', 'blocks.2.hook_out', 'blocks.7.hook_out', 'blocks.9.hook_out']
+    """
+    tokens = re.split(r"([{},])", glob)
+    depths = list(itertools.accumulate((token == "{") - (token == "}") for token in tokens))
+    if max(depths) > _DEEPEST:
+        raise GlobError(f"the braces of {glob[:60]!r} are nested more than {_DEEPEST} deep")
+    if depths[-1] or min(depths) < 0:
+        raise GlobError(f"{glob!r} has a brace without a partner; write alternatives as in blocks.{{5,9}}.hook_out")
+    found = _expanded(glob, iter(tokens), inside=False)
+    return list(dict.fromkeys(found))
+
+
+def _expanded(glob: str, tokens: Iterator[str], inside: bool) -> list[str]:
+    """The alternatives up to the end of the glob, or inside braces, up to the closing one."""
+    done: list[str] = []
+    current = [""]
+    for token in tokens:
+        if token == "}" or (token == "," and inside):
+            done += current
+            current = [""]
+            if token == "}":
+                break
+            continue
+        following = _expanded(glob, tokens, inside=True) if token == "{" else _numbers(glob, token, inside)
+        if len(current) * len(following) + len(done) > _MOST:
+            raise GlobError(f"the braces of {glob[:60]!r} stand for more than {_MOST:,} names; use * or **")
+        current = [start + end for start, end in itertools.product(current, following)]
+    return done if inside else current
+
+
+def _numbers(glob: str, text: str, inside: bool) -> list[str]:
+    """The numbers that `2..5` stands for inside braces; other text stands for itself."""
+    found = re.fullmatch(r"(\d{1,6})\.\.(\d{1,6})", text) if inside else None
+    if found is None:
+        return [text]
+    first, last = int(found[1]), int(found[2])
+    if first > last:
+        raise GlobError(f"{glob!r} counts from {first} down to {last}; write {{{last}..{first}}}")
+    return [str(number) for number in range(first, last + 1)]
 
 
 def matching(glob: str, names: Iterable[str]) -> list[str]:

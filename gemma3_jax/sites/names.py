@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from gemma3_jax.config import Gemma3Config
-from gemma3_jax.sites.globs import matching
+from gemma3_jax.sites.globs import alternatives, matching
 from gemma3_jax.sites.table import HEAD_SITES, SITES, Site, sites
 
 
@@ -138,13 +138,19 @@ def rows_named(part: str) -> tuple[Site, ...]:
     >>> [row.name for row in rows_named("blocks.3.hook_resid_p*")]
     ['blocks.{i}.hook_in', 'blocks.{i}.hook_out']
     """
-    wanted = re.sub(r"(?<=\.)\d+(?=\.|$)", "{i}", _one_prefix(part))
-    wanted = re.sub(r"\bdense_\d+", "dense_{j}", wanted)
     rows = {alias: row for row in (*SITES, *HEAD_SITES) for alias in (row.name, row.legacy, row.hf) if alias}
-    found = matching(f"**{wanted}**", rows)
+    # In the table, {i} and {j} stand for numbers.
+    chosen = [_in_table(glob) for glob in alternatives(part.replace("{i}", "0").replace("{j}", "0"))]
+    found = {alias for wanted in chosen for alias in matching(f"**{wanted}**", rows)}
     if not found:
-        raise UnknownSite(f"no site has {part!r} in its name; {_nearest(wanted, rows)}")
-    return tuple(dict.fromkeys(rows[alias] for alias in found))
+        raise UnknownSite(f"no site has {part!r} in its name; {_nearest(chosen[0], rows)}")
+    return tuple(dict.fromkeys(row for alias, row in rows.items() if alias in found))
+
+
+def _in_table(part: str) -> str:
+    """A part of a name as the table has it, with {i} for the number of a layer and {j} for that of a dense one."""
+    wanted = re.sub(r"(?<=\.)\d+(?=\.|$)", "{i}", _one_prefix(part))
+    return re.sub(r"\bdense_\d+", "dense_{j}", wanted)
 
 
 def get_act_name(
@@ -184,8 +190,9 @@ def select(wanted: str | Iterable[str] | Callable[[str], bool], config: Gemma3Co
     """All sites that the names, globs or predicate select, each once, in the model's order.
 
     In a glob, `*` and `?` stay within one dot-separated part, and `**` crosses parts: `blocks.*.hook_out` is the
-    residual stream of every block, and `blocks.3.**` is all of block 3. A predicate is called with every site's
-    canonical and legacy name. A site that is selected only by a Hugging Face path keeps that path's layout.
+    residual stream of every block, and `blocks.3.**` is all of block 3. Braces have alternatives, as in
+    `blocks.{5,9}.hook_out` and `blocks.{0..8}.hook_out`; each of them must match a site. A predicate is called with
+    every site's canonical and legacy name. A site that is selected only by a Hugging Face path keeps its layout.
 
     Raises:
         UnknownSite: a name, a glob or a predicate does not match a site.
@@ -214,11 +221,16 @@ def described(function: Callable[..., object]) -> str:
 
 def is_glob(name: str) -> bool:
     """Whether `name` is a glob, which may match several sites."""
-    return bool(set(name) & set("*?"))
+    return bool(set(name) & set("*?{}"))
 
 
 @functools.lru_cache(maxsize=1024)
 def _expand(name: str, config: Gemma3Config) -> tuple[Match, ...]:
+    return tuple(match for glob in alternatives(name) for match in _matches(glob, config))
+
+
+def _matches(name: str, config: Gemma3Config) -> tuple[Match, ...]:
+    """The sites of a name, or of a glob without braces."""
     if not is_glob(name):
         return (resolve(name, config),)
     known = _aliases(config)

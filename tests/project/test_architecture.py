@@ -74,11 +74,17 @@ ROOMS = {
         "sparse autoencoders, transcoders, CLTs and crosscoders, in the formats of other tools",
         "messages reading config types processes meshes compute sites conversion",
     ),
+    "harvest": (
+        "from a corpus to numbered units to a store of activations, and back",
+        "messages atomic reading descriptions config types extras version positions inputs sites hooks cache run "
+        "hooked",
+    ),
     "pictures": ("heatmaps, coloured texts and maps, as HTML and PNG", "atomic config grids extras sites"),
     "parity": ("the comparison with Hugging Face, in torch", "config types extras sites model conversion run"),
     "cli": (
         "the command line",
-        "messages atomic reading kept extras types sites conversion generation placing hooked pictures parity",
+        "messages atomic reading kept extras types sites conversion generation placing hooked harvest pictures parity "
+        "reductions",
     ),
 }
 # Only these rooms import packages that load slowly or are optional.
@@ -87,6 +93,7 @@ ONLY_IN = {
     "matplotlib": ["pictures"],
     "typer": ["cli"],
     "gguf": ["conversion"],
+    "pyarrow": ["harvest"],
 }
 
 FILES = sorted((ROOT / "gemma3_jax").rglob("*.py"))

@@ -16,7 +16,7 @@ from gemma3_jax.extras import needs_extra
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OPTIONAL = ("gguf", "matplotlib", "protobuf", "sentencepiece", "torch", "typer")
+OPTIONAL = ("gguf", "matplotlib", "protobuf", "pyarrow", "sentencepiece", "torch", "typer")
 DISTRIBUTIONS = {
     "google": "protobuf",
     "orbax": "orbax-checkpoint",
@@ -127,9 +127,8 @@ def test_imports_are_declared():
     """Each package that the code imports is a dependency or is in an extra, and none is declared for nothing."""
     extras = PROJECT["optional-dependencies"]
     required = declared(PROJECT["dependencies"])
-    optional = declared(
-        [*extras["cli"], *extras["gguf"], *extras["parity"], *extras["plots"], *extras["sentencepiece"]]
-    )
+    names = ("cli", "gguf", "parity", "parquet", "plots", "sentencepiece")
+    optional = declared([package for name in names for package in extras[name]])
     ours = {"conversion", "gemma3_jax"}
     used = {DISTRIBUTIONS.get(name, name) for name in imported() if name not in sys.stdlib_module_names} - ours
     assert optional == set(OPTIONAL)

@@ -17,7 +17,7 @@ from tests.helpers.small_model import TOKENS, small
 
 SURFACE = {
     "gemma3_jax": "TINY ActivationCache ConfigError EmbeddingHead FactoredMatrix Gemma3 Gemma3Config Hook HookPoint "
-    "HookedGemma3 Rope UnknownSite analysis edits features forward get_act_name grad_at next_token_loss patching "
+    "HookedGemma3 Rope UnknownSite analysis edits features forward get_act_name grad_at harvest next_token_loss patching "
     "pictures reductions site_names stack_layers unstack_layers",
     "conversion": "CheckpointError convert_checkpoint convert_state_dict export_checkpoint load_params read_heads "
     "save_params",
@@ -26,8 +26,9 @@ SURFACE = {
     "gemma3_jax.features": "CrossLayerTranscoder Crosscoder Gated JumpRelu LayerNorm Relu SparseAutoencoder TopK "
     "Transcoder UnitNorm load save shardings",
     "gemma3_jax.generation": "Generation generate",
+    "gemma3_jax.harvest": "ActivationStore JsonLines Parquet StoreError TextLines harvest verify",
     "gemma3_jax.placing": "Fit fits make_mesh param_shardings",
-    "gemma3_jax.reductions": "At Cast Mean Project TopK TopValues",
+    "gemma3_jax.reductions": "At Cast Int8 Int8Values Mean Project TopK TopValues",
     "gemma3_jax.pictures": "BlockMap Heatmaps ParityPicture SideBySide TokenFlow attention_patterns block_map "
     "feature_on_texts generated_values logit_lens_table parity_picture patching_heatmap side_by_side token_values",
 }
@@ -42,7 +43,7 @@ MEMBERS = {
     "remove_batch_dim save sliced stack_activation stack_head_results stack_neuron_results tree_flatten_with_keys "
     "tree_unflatten values with_inputs with_params",
 }
-MODULES = {"analysis", "edits", "features", "patching", "pictures", "reductions"}
+MODULES = {"analysis", "edits", "features", "gemma3_jax.harvest", "patching", "pictures", "reductions"}
 
 
 @pytest.mark.parametrize("name", SURFACE)
@@ -52,7 +53,8 @@ def test_public_names(name):
     assert sorted(module.__all__) == sorted(SURFACE[name].split())
     assert set(module.__all__) <= set(dir(module))
     for public in module.__all__:
-        assert isinstance(getattr(module, public), types.ModuleType) == (public in MODULES), public
+        is_module = public in MODULES or f"{name}.{public}" in MODULES  # `harvest.harvest` is a function
+        assert isinstance(getattr(module, public), types.ModuleType) == is_module, public
 
 
 @pytest.mark.parametrize("name", SURFACE)

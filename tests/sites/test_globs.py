@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma3_jax import Gemma3Config, UnknownSite
-from gemma3_jax.sites.globs import matching
-from gemma3_jax.sites.names import select
+from gemma3_jax.sites.globs import alternatives, matching
+from gemma3_jax.sites.names import rows_named, select
 
 
 @functools.cache
@@ -59,3 +59,59 @@ def test_no_glob_hangs(glob):
     with pytest.raises(UnknownSite):
         select(glob, Gemma3Config.preset("27b"))
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("glob", "names"),
+    [
+        ("a{b,c}d", ["abd", "acd"]),
+        ("{a,b}{1,2}", ["a1", "a2", "b1", "b2"]),
+        ("{a,b{c,d{e,f}}}g", ["ag", "bcg", "bdeg", "bdfg"]),
+        ("{,a}b", ["b", "ab"]),
+        ("{a}b", ["ab"]),
+        ("{8..11}", ["8", "9", "10", "11"]),
+        ("{0..1,5}.x", ["0.x", "1.x", "5.x"]),
+        ("{a,a,b}", ["a", "b"]),
+        ("a,b", ["a,b"]),
+        ("0..3", ["0..3"]),
+        ("", [""]),
+    ],
+)
+def test_braces(glob, names):
+    """Several, nested, empty, with one alternative, and ranges of numbers; outside braces, a comma is a comma."""
+    assert alternatives(glob) == names
+
+
+@pytest.mark.parametrize("glob", ["blocks.{5,9.hook_out", "blocks.5,9}.hook_out", "}{", "{a,{b}", "blocks.*.{"])
+def test_braces_without_a_partner_are_refused(glob):
+    """And the message has the glob, wherever a name is taken."""
+    for take in (alternatives, lambda glob: select(glob, Gemma3Config.preset("270m")), rows_named):
+        with pytest.raises(ValueError, match="without a partner"):
+            take(glob)
+
+
+@pytest.mark.parametrize("glob", ["{a,b}" * 40, "{0..99999}", "{9..2}", "{" * 3000 + "}" * 3000])
+def test_braces_that_explode_are_refused(glob):
+    """In no time, and with one clear error; a range counts upwards."""
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"stand for more|down to|nested"):
+        alternatives(glob)
+    assert time.monotonic() - start < 1
+
+
+def test_braces_select_sites():
+    """By any kind of name, beside stars; and an alternative without a site is an error, as its name alone is."""
+    config = Gemma3Config.preset("270m")
+
+    def chosen(glob):
+        return [match.name for match in select(glob, config)]
+
+    assert chosen("blocks.{5,9}.hook_out") == ["blocks.5.hook_out", "blocks.9.hook_out"]
+    assert (
+        chosen("model.layers.{9,5}.output") == chosen("blocks.{5,9}.hook_resid_post") == chosen("blocks.{5,9}.hook_out")
+    )
+    assert chosen("blocks.{0..17}.hook_out") == chosen("blocks.*.hook_out")
+    assert chosen("blocks.1?.attn.hook_{q,k}") == chosen(["blocks.1?.attn.hook_q", "blocks.1?.attn.hook_k"])
+    with pytest.raises(UnknownSite, match=r"blocks\.18\.hook_out"):
+        select("blocks.{17,18}.hook_out", config)
+    assert {row.name for row in rows_named("blocks.{i}.hook_{in,out}")} == {"blocks.{i}.hook_in", "blocks.{i}.hook_out"}

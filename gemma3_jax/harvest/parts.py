@@ -1,0 +1,122 @@
+"""Which units a process does: those of a part that it is told, or those that it claims before others do."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from gemma3_jax.harvest.errors import StoreError
+from gemma3_jax.harvest.files import CLAIMS, unit_file
+
+# Environment variables of a process: its number, the number of processes, and the first number.
+_SCHEDULERS = {
+    "Slurm array": ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
+    "Slurm": ("SLURM_PROCID", "SLURM_NTASKS", ""),
+    "Kubernetes indexed job": ("JOB_COMPLETION_INDEX", "JOB_COMPLETIONS", ""),
+    "Cloud TPU": ("TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES", ""),
+}
+
+
+def part_of(part: tuple[int, int] | str, environment: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
+    """The part (number, of how many) of this process; None if it is to claim units.
+
+    Args:
+        part: the part itself; "environment", the part that Slurm, Kubernetes or Cloud TPU gives this process; "claim";
+            or a text "0/4".
+        environment: environment variables.
+
+    Raises:
+        StoreError: it is none of these, or the environment says nothing.
+
+    >>> part_of("environment", {"SLURM_PROCID": "2", "SLURM_NTASKS": "8"}), part_of("1/4"), part_of("claim")
+    ((2, 8), (1, 4), None)
+    """
+    if part == "claim":
+        return None
+    if part == "environment":
+        part = _from_environment(environment)
+    try:
+        number, count = (int(each) for each in (part.split("/") if isinstance(part, str) else part))
+    except (TypeError, ValueError):
+        number, count = -1, 0
+    if not 0 <= number < count:
+        raise StoreError(
+            f"part is {part!r}; it must be (number, count) with numbers from 0, such as (0, 4), or 'environment', or "
+            "'claim'"
+        )
+    return number, count
+
+
+def _from_environment(environment: Mapping[str, str]) -> tuple[int, int]:
+    for number, count, first in _SCHEDULERS.values():
+        if number in environment and count in environment:
+            hosts = environment[count]
+            several = int(hosts) if hosts.isdecimal() else len(hosts.split(","))
+            return int(environment[number]) - int(environment.get(first, 0)), several
+    known = "; ".join(f"{number} and {count} ({name})" for name, (number, count, _) in _SCHEDULERS.items())
+    raise StoreError(f"part is 'environment', which has none of {known}; give part=(number, count), or part='claim'")
+
+
+class Claim:
+    """A unit that this process is working on; it ends when it is released, or when the process ends."""
+
+    def __init__(self, file: Path, opened: int):
+        self._file, self._opened = file, opened
+
+    def release(self) -> None:
+        """Let others have the unit."""
+        self._file.unlink(missing_ok=True)
+        os.close(self._opened)
+
+
+def units_of(part: tuple[int, int] | None, out: Path, missing: np.ndarray) -> Iterator[tuple[int, Claim | None]]:
+    """The units to do, in order, and the claim of each, if units are claimed.
+
+    `missing` has the numbers of the units without a file.
+    """
+    if part is not None:
+        number, count = part
+        yield from ((int(unit), None) for unit in missing if unit % count == number)
+        return
+    (out / CLAIMS).mkdir(exist_ok=True)
+    for unit in missing.tolist():
+        claim = _claimed(out / CLAIMS / str(unit))
+        if claim is None:
+            continue
+        if unit_file(out, unit).exists():  # another process has done it in the meantime
+            claim.release()
+            continue
+        yield unit, claim
+
+
+def _claimed(file: Path) -> Claim | None:
+    """The claim of a file that no living process has.
+
+    The claim is a lock on a file that is created if it is absent. The kernel releases the lock when the process ends,
+    however it ends; a network file system does so for a host that is gone.
+    """
+    opened = os.open(file, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_there = file.exists() and file.stat().st_ino == os.fstat(opened).st_ino
+    except OSError:
+        is_there = False
+    if not is_there:  # others have it, or have just removed it
+        os.close(opened)
+        return None
+    return Claim(file, opened)
+
+
+def remove_claims(out: Path) -> None:
+    """Remove the claims of processes that have ended."""
+    for file in (out / CLAIMS).glob("*"):
+        claim = _claimed(file)
+        if claim is not None:
+            claim.release()
+    with contextlib.suppress(OSError):
+        (out / CLAIMS).rmdir()

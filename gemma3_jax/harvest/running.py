@@ -1,0 +1,294 @@
+"""From a corpus to a store: run the units that have no file, and write a file for each.
+
+Axes: b row, p column, n kept tokens in the corpus' order, d features.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from gemma3_jax import atomic
+from gemma3_jax.cache.activations import ActivationCache
+from gemma3_jax.descriptions import size_text
+from gemma3_jax.harvest import files
+from gemma3_jax.harvest.documents import bos_of
+from gemma3_jax.harvest.errors import StoreError
+from gemma3_jax.harvest.manifest import (
+    Array,
+    arrays_in,
+    check_same,
+    new_manifest,
+    read_manifest,
+    with_plan,
+    write_manifest,
+)
+from gemma3_jax.harvest.packing import Pack
+from gemma3_jax.harvest.parts import Claim, part_of, remove_claims, units_of
+from gemma3_jax.harvest.sources import Corpus, as_corpus
+from gemma3_jax.harvest.units import KEPT, Keep, Layout, Plan, Unit, make_plan, make_unit
+from gemma3_jax.hooked.hooked import HookedGemma3
+from gemma3_jax.inputs import Inputs
+from gemma3_jax.run.selection import ReducedCapture
+
+_WAITING = 2  # units that wait for the writer
+_PADDING = 0.02  # as much is usual
+_log = logging.getLogger(__name__)
+
+
+def harvest(
+    model: HookedGemma3,
+    corpus: object,
+    sites: ReducedCapture,
+    out: str | os.PathLike[str],
+    rows: int = 64,
+    length: int = 1024,
+    part: tuple[int, int] | str = (0, 1),
+    seed: int = 0,
+    *,
+    pack: Pack = True,
+    drop_bos: bool = False,
+    sample: int | None = None,
+    keep: Keep | None = None,
+    repair: bool = False,
+    progress: bool | None = None,
+) -> None:
+    """Write the activations of a corpus to a store, which `ActivationStore` reads.
+
+    The corpus is cut into numbered units of `rows` x `length` tokens. A unit is a pure function of the corpus, of these
+    arguments and of its number, and gets one file, whole or not at all. A run does the units that have no file. So it
+    may be killed at any moment and started again, by any number of processes: the files are the same, byte for byte.
+    The model runs up to the last site. The next unit runs while one is copied and another is written.
+
+    Args:
+        model: the model.
+        corpus: a text file (a document in each line), a JSONL, Parquet or NumPy file, a folder of text files; a list of
+            texts or of rows of ids, an array of ids, a Hugging Face dataset, or anything with a length and items: see
+            `gemma3_jax.harvest.sources`. A text gets exactly one BOS.
+        sites: what to capture, as in `run_with_cache`: names, globs, or a mapping from them to a reduction, a list of
+            reductions, or None. A result must keep the axes of rows and tokens. With `pack=False` it may also have one
+            value for each row, as `reductions.At(-1)` and `reductions.Mean()`.
+        out: the folder of the store.
+        rows: rows of a unit, which run together.
+        length: tokens of a row. A document that is longer is cut; the pieces do not see each other, and each begins
+            with BOS if the document does.
+        part: (number, count), the part of the units that this process does; "environment", the part that Slurm,
+            Kubernetes or Cloud TPU gives this process; or "claim": whatever no other process is doing.
+        seed: for `sample`.
+        pack: pack several documents into a row, which do not see each other; a document that fits a row is whole. "cut"
+            leaves no padding: a document that does not fit what is left of a row is cut there. False gives each row one
+            document, and makes a unit as wide as its longest document.
+        drop_bos: do not keep BOS.
+        sample: keep only so many tokens of each document, by chance, and no BOS.
+        keep: keep only tokens for which `keep(tokens, positions)` is true; it takes and returns NumPy arrays [n].
+        repair: read all units first, and do those again that are damaged.
+        progress: whether to show a progress bar; None shows it on a terminal.
+
+    Raises:
+        UnknownSite, TypeError, ValueError: `sites` is wrong, as for every capture.
+        StoreError: the store has the activations of another run (the message names the difference); a unit is damaged;
+            the disk is full or lost (what is finished is kept); or the corpus is not one.
+
+    >>> import tempfile
+    >>> from gemma3_jax import TINY, HookedGemma3
+    >>> from gemma3_jax.harvest import ActivationStore, harvest
+    >>> model, out = HookedGemma3.from_pretrained(TINY), tempfile.mkdtemp()
+    >>> harvest(model, ["ba ke lo", "mu ti"], {"blocks.{1,3}.hook_resid_post": None}, out, rows=2, length=8)
+    >>> store = ActivationStore(out)
+    >>> len(store), store["resid_post", 3].rows(0, 4).shape, store.tokens(0, 4).tolist()
+    (7, (4, 96), [2, 4, 40, 47])
+    """
+    if jax.process_count() > 1:
+        raise StoreError(
+            "harvest runs in processes that do not know each other: leave jax.distributed out, and give part"
+        )
+    mine, folder = part_of(part), Path(out)
+    if not (isinstance(sites, str | Mapping) or callable(sites)):
+        sites = tuple(sites)  # an iterator can be read only once
+    layout = Layout(rows, length, seed, pack, drop_bos, sample, keep)
+    with _in_words(folder):
+        texts = as_corpus(corpus, bos_of(model))
+        plan, arrays = _prepared(model, texts, sites, layout, folder, progress)
+        job = _Job(model, texts, sites, layout, folder, plan, arrays)
+        _run(job, mine, _missing(folder, plan, repair), progress)
+        files.remove_abandoned(folder)
+        remove_claims(folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What all units of a harvest share."""
+
+    model: HookedGemma3
+    corpus: Corpus
+    sites: ReducedCapture
+    layout: Layout
+    out: Path
+    plan: Plan
+    arrays: list[Array]
+
+
+def _prepared(
+    model: HookedGemma3, corpus: Corpus, sites: ReducedCapture, layout: Layout, out: Path, progress: bool | None
+) -> tuple[Plan, list[Array]]:
+    """The plan and the arrays of a run, whose manifest is then in the folder."""
+    new = new_manifest(model, corpus, sites, layout)
+    if not (out / files.MANIFEST).exists():
+        if out.is_dir() and any(not file.name.startswith(".") and file.name != files.PLAN for file in out.iterdir()):
+            raise StoreError(f"{out} is not empty, and is not an activation store; give another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        plan = _planned(model, corpus, layout, progress)
+        write_manifest(out, with_plan(new, plan))
+        _write_plan(out, plan)
+    old = read_manifest(out)
+    check_same(out, old, new)
+    known = _read_plan(out)
+    if known is None or (known.units, known.tokens) != (old["units"], old["tokens"]):
+        known = _planned(model, corpus, layout, progress)
+        _write_plan(out, known)
+    return known, arrays_in(old)
+
+
+def _planned(model: HookedGemma3, corpus: Corpus, layout: Layout, progress: bool | None) -> Plan:
+    with _bar(progress, total=len(corpus), desc="reading", unit=" documents", leave=False) as bar:
+        plan = make_plan(model, corpus, layout, lambda done: bar.update(done - bar.n))
+    padding = 1 - plan.tokens / (plan.units * layout.rows * layout.length)
+    if layout.pack and plan.units > 1 and padding > _PADDING:
+        _log.warning(
+            "%.0f%% of the tokens are padding, because documents fit rows of %d tokens badly; try a larger length, or "
+            "pack='cut'",
+            100 * padding,
+            layout.length,
+        )
+    return plan
+
+
+def _write_plan(out: Path, plan: Plan) -> None:
+    with atomic.new_durable_file(out / files.PLAN) as temporary, temporary.open("wb") as opened:
+        np.save(opened, plan.bounds)
+
+
+def _read_plan(out: Path) -> Plan | None:
+    """The plan in the folder; None if it is missing or damaged."""
+    try:
+        bounds = np.load(out / files.PLAN, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    return Plan(bounds) if bounds.ndim == 2 and bounds.shape[1] == 3 and bounds.dtype == np.int64 else None
+
+
+def _missing(out: Path, plan: Plan, repair: bool) -> np.ndarray:
+    """The numbers of the units to do."""
+    files.remove_abandoned(out)
+    there = files.present(out, plan.units)
+    damaged = files.damaged(out, iter(np.flatnonzero(there).tolist()), whole=repair)
+    if damaged and not repair:
+        more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
+        raise StoreError(f"{next(iter(damaged.values()))}{more}")
+    for number in damaged:
+        files.unit_file(out, number).unlink()
+        there[number] = False
+    return np.flatnonzero(~there)
+
+
+def _run(job: _Job, part: tuple[int, int] | None, missing: np.ndarray, progress: bool | None) -> None:
+    """Run and write the units of a part. While one runs, the results of another are copied, and others are written."""
+    running: collections.deque[tuple[int, Claim | None, Unit]] = collections.deque()
+
+    def batches() -> Iterator[Inputs]:
+        for number, claim in units_of(part, job.out, missing):
+            unit = make_unit(job.model, job.corpus, job.plan, number, job.layout)
+            running.append((number, claim, unit))
+            yield unit.inputs
+
+    mine = [number for number in missing.tolist() if part is None or number % part[1] == part[0]]
+    todo = sum(map(job.plan.tokens_of, mine))
+    writing: collections.deque[Future[int]] = collections.deque()
+    with _bar(progress, total=todo, unit=" tokens", unit_scale=True) as bar, ThreadPoolExecutor(1) as writer:
+        bar.set_postfix_str(_estimate(job.arrays, todo, job.out))
+        written, cells, tokens = 0, 0, 0
+        for cache in job.model.activations(batches(), job.sites) if mine else ():
+            number, claim, unit = running.popleft()
+            writing.append(writer.submit(_write, job, number, claim, unit, cache))
+            del cache
+            while len(writing) > _WAITING:
+                written += writing.popleft().result()
+            cells, tokens = cells + unit.inputs.tokens.size, tokens + job.plan.tokens_of(number)
+            bar.set_postfix_str(f"padding {1 - tokens / cells:.1%}, written {size_text(written)}")
+            bar.update(job.plan.tokens_of(number))
+        for each in writing:
+            each.result()
+
+
+def _write(job: _Job, number: int, claim: Claim | None, unit: Unit, cache: ActivationCache) -> int:
+    """Write one unit; the number of its bytes."""
+    contents = dict(unit.arrays)
+    for array in job.arrays:
+        value = cache[array.site]
+        for part in array.key.removeprefix(array.site).split("/")[1:]:
+            value = _entry(value, part)
+        if array.axis is None:
+            assert unit.documents is not None
+            contents[array.key] = np.asarray(value)[: len(unit.documents)]
+            contents["row_documents"] = unit.documents
+        else:
+            # [b, ..., p, ...] -> [b, p, ...] -> [n, ...]
+            contents[array.key] = np.moveaxis(np.asarray(value), array.axis, 1)[unit.rows, unit.columns]
+    file = files.unit_file(job.out, number)
+    if job.out.is_dir():  # it is not made again if it is lost
+        file.parent.mkdir(parents=True, exist_ok=True)
+    size = files.write_unit(file, contents, number)
+    if claim is not None:
+        claim.release()
+    return size
+
+
+def _entry(tree: Any, name: str) -> Any:
+    """The part of a pytree of that name."""
+    if isinstance(tree, dict):
+        return tree[name] if name in tree else tree[int(name)]
+    return tree[int(name)] if name.isdecimal() else getattr(tree, name)
+
+
+def _estimate(arrays: list[Array], tokens: int, out: Path) -> str:
+    """What is to come, in words: bytes of a token and in all, and the room on the disk."""
+    each = bytes_of_token(arrays)
+    room = shutil.disk_usage(out).free
+    return f"{size_text(each)} a token, at most {size_text(each * tokens)}, {size_text(room)} free"
+
+
+def bytes_of_token(arrays: list[Array]) -> int:
+    """The bytes that a kept token takes in the store."""
+    beside = sum(np.dtype(dtype).itemsize for dtype in KEPT.values())
+    return beside + sum(array.bytes for array in arrays if array.axis is not None)
+
+
+def _bar(progress: bool | None, **options: Any) -> Any:
+    return tqdm(disable=None if progress is None else not progress, dynamic_ncols=True, **options)
+
+
+@contextlib.contextmanager
+def _in_words(out: Path) -> Iterator[None]:
+    """An error of the file system as one that says what is kept, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            files.remove_abandoned(out)
+        why = error.strerror or str(error)
+        raise StoreError(
+            f"{error.filename or out}: {why}. The finished units are kept: run again when {out} can be written, and "
+            "the others are done"
+        ) from error

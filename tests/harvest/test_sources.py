@@ -1,0 +1,161 @@
+"""Every kind of corpus gives its documents, and says what it cannot read."""
+
+import json
+
+import numpy as np
+import pytest
+
+from gemma3_jax import TINY, HookedGemma3
+from gemma3_jax.harvest import JsonLines, Parquet, StoreError, TextLines
+from gemma3_jax.harvest.documents import documents
+from gemma3_jax.harvest.sources import as_corpus, digest_of
+
+TEXTS = ["ba ke lo", "mu", "ti so re ba"]
+BOS = 2
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The shipped model, for its tokenizer."""
+    return HookedGemma3.from_pretrained(TINY)
+
+
+def ids_of(model, corpus):
+    """The ids of every document, as lists."""
+    known = as_corpus(corpus, BOS)
+    return [ids.tolist() for ids in documents(model, known, 0, len(known))]
+
+
+class Items:
+    """Like a Hugging Face dataset: a length, and rows by number."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, number):
+        return self.rows[number]
+
+
+def written(folder, name, content):
+    file = folder / name
+    file.write_text(content, encoding="utf-8")
+    return file
+
+
+def test_texts_of_every_kind(model, tmp_path):
+    """A list, a text file with empty lines and Windows' line ends, JSONL, a folder, a dataset: the same ids."""
+    wanted = [model.to_tokens(text)[0].tolist() for text in TEXTS]
+    (tmp_path / "folder" / "more").mkdir(parents=True)
+    for name, text in zip(["a.txt", "b.md", "more/c"], TEXTS, strict=True):
+        written(tmp_path / "folder", name, text)
+    written(tmp_path / "folder", ".hidden", "so")
+    lines = [json.dumps({"text": TEXTS[0]}), json.dumps(TEXTS[1]), json.dumps({"input_ids": wanted[2]})]
+    corpora = {
+        "list": TEXTS,
+        "lines": written(tmp_path, "corpus.txt", "\n \n" + "\r\n\n".join(TEXTS)),
+        "name": str(written(tmp_path, "other.txt", "\ufeff" + "\n".join(TEXTS) + "\n")),
+        "jsonl": written(tmp_path, "corpus.jsonl", "\n".join(lines)),
+        "folder": tmp_path / "folder",
+        "dataset": Items([{"text": text, "label": 0} for text in TEXTS]),
+        "ids": wanted,
+        "arrays": [np.asarray(ids) for ids in wanted],
+    }
+    for kind, corpus in corpora.items():
+        assert ids_of(model, corpus) == wanted, kind
+    field = written(tmp_path, "field.jsonl", "\n".join(json.dumps({"body": text}) for text in TEXTS))
+    assert ids_of(model, JsonLines(field, "body")) == wanted
+
+
+def test_arrays_of_ids(model, tmp_path):
+    """Two axes are documents; one is cut where BOS is, and without BOS in long pieces; a file is mapped."""
+    rows = np.asarray([[2, 10, 11], [2, 12, 13]], np.uint16)
+    np.save(tmp_path / "ids.npy", rows)
+    assert ids_of(model, tmp_path / "ids.npy") == ids_of(model, rows) == rows.tolist()
+    assert ids_of(model, np.asarray([9, 2, 10, 2, 11, 12])) == [[9], [2, 10], [2, 11, 12]]
+    assert [len(ids) for ids in ids_of(model, np.full(70_000, 9))] == [65_536, 4_464]
+    with pytest.raises(StoreError, match="integers"):
+        as_corpus(np.zeros(3), BOS)
+
+
+def test_many_lines(tmp_path):
+    """Beyond the number of lines between two known offsets, in any order; the digest is that of the content."""
+    lines = [f"line {i}" + "\n" * (1 + i % 3) for i in range(3000)]
+    file = written(tmp_path, "many.txt", "".join(lines))
+    corpus = TextLines(file)
+    assert len(corpus) == 3000
+    for i in (2999, 0, 1024, 1023, 2048, 1, -1):
+        assert corpus[i] == f"line {i % 3000}"
+    before = digest_of(corpus)
+    written(tmp_path, "many.txt", "".join(lines).replace("line 77\n", "line 78\n"))
+    assert digest_of(TextLines(file)) != before
+    with pytest.raises(IndexError):
+        corpus[3000]
+
+
+def test_digests_of_lists():
+    """The digest of a corpus changes with any document, and with where one ends."""
+    known = [digest_of(as_corpus(x, BOS)) for x in (["ab", "c"], ["a", "bc"], ["ab", "c", "d"], [[2, 3]], [[2], [3]])]
+    known += [digest_of(as_corpus(np.asarray(x), BOS)) for x in ([[2, 3]], [[2], [3]], [[2, 4]])]
+    assert len(set(known)) == len(known)
+    assert digest_of(as_corpus(["ab", "c"], BOS)) == known[0]
+
+
+def test_parquet(model, tmp_path):
+    """Several groups of rows; a field by name; a conversation needs the tokenizer's template."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"text": TEXTS * 2, "ids": [[2, 10]] * 6, "label": list(range(6))})
+    parquet.write_table(table, tmp_path / "corpus.parquet", row_group_size=4)
+    corpus = as_corpus(tmp_path / "corpus.parquet", BOS)
+    assert [corpus[i] for i in (5, 0, 4, 3)] == [TEXTS[2], TEXTS[0], TEXTS[1], TEXTS[0]]
+    assert digest_of(corpus) == digest_of(Parquet(tmp_path / "corpus.parquet"))
+    assert ids_of(model, Parquet(tmp_path / "corpus.parquet", "ids")) == [[2, 10]] * 6
+    with pytest.raises(StoreError, match="text, ids, label"):
+        Parquet(tmp_path / "corpus.parquet", "body")
+
+
+@pytest.mark.parametrize(
+    ("corpus", "message"),
+    [
+        (3, "int"),
+        ({"a": "b"}, "dict"),
+        ([], "no documents"),
+        (["ba", 3], "document 1"),
+        ([{"body": "ba"}], "document 0"),
+        ([[2, 10**6]], "outside the vocabulary"),
+        ([[0.5]], "document 0"),
+        ("no/such/file.txt", "not a file"),
+        ("no/such/file.npy", "not a file"),
+        ([{"messages": [{"role": "user", "content": "ba"}]}], "chat template"),
+    ],
+)
+def test_what_is_not_a_corpus(model, corpus, message):
+    """One clear error, with the number of the document."""
+    with pytest.raises(ValueError, match=message):
+        ids_of(model, corpus)
+
+
+def test_damaged_lines(model, tmp_path):
+    """The file and the document are named."""
+    (tmp_path / "bad.txt").write_bytes(b"ba ke\n\xff\xfe\n")
+    with pytest.raises(StoreError, match=r"bad\.txt: document 1"):
+        ids_of(model, tmp_path / "bad.txt")
+    written(tmp_path, "bad.jsonl", '{"text": "ba"}\n{"text"')
+    with pytest.raises(StoreError, match=r"bad\.jsonl: document 1"):
+        ids_of(model, tmp_path / "bad.jsonl")
+
+
+def test_conversations(model):
+    """They are written by the tokenizer's chat template, without the beginning of another turn."""
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}so{% endif %}"
+    )
+    model.tokenizer.chat_template = template
+    try:
+        found = ids_of(model, [{"messages": [{"role": "user", "content": "ba"}, {"role": "model", "content": "ke"}]}])
+    finally:
+        model.tokenizer.chat_template = None
+    assert model.to_string(np.asarray(found[0])) == "<bos> ba ke"
