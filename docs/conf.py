@@ -1,6 +1,14 @@
 """Settings of the site. `python -m sphinx -W -c docs . build/site` builds it, and runs the tutorials."""
 
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # the cells compile small programs and run each once
+
 import gemma3_jax
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the extension `cells`
 
 project = "gemma3-jax"
 author = "The gemma3-jax authors"
@@ -13,9 +21,11 @@ include_patterns = ["docs/**", "benchmarks/notes/*.md", "*.md"]
 exclude_patterns = [".*", "build", "dist"]
 html_extra_path = ["front"]
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["cells", "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = project
+html_static_path = ["static"]
+html_css_files = ["cells.css"]
 
 # Roles and links must lead somewhere; types in signatures lead to other packages, whose pages need network.
 linkcheck_timeout = 10
@@ -24,12 +34,6 @@ nitpick_ignore_regex = [("py:class", ".*")]
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
-
-nb_execution_mode = "force"
-nb_execution_in_temp = True
-nb_execution_show_tb = True  # beside the warning
-nb_execution_timeout = 300  # seconds for one cell
-nb_output_stderr = "remove"  # progress bars
 
 # Docstrings have names and code between single backticks.
 default_role = "literal"

@@ -1,6 +1,6 @@
 """The documentation site: it builds without a warning, has every public name, and its links lead somewhere.
 
-The tests need the extra `docs`, which `.ci/run` installs. The site is in build/site afterwards.
+The site is in build/site afterwards. The tutorials run as it is built, each once, so these are their tests, too.
 """
 
 import functools
@@ -15,13 +15,12 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
 import pytest
+from sphinx.util.inventory import InventoryFile
 
 import gemma3_jax
 from tests.project.test_surface import MEMBERS, MODULES, SURFACE
 
 ROOT = Path(__file__).parents[2]
-inventory = pytest.importorskip("sphinx.util.inventory", reason="needs the extra docs")
-pytest.importorskip("myst_nb", reason="needs the extra docs")
 
 
 def sphinx(source: Path, site: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -42,7 +41,7 @@ def site() -> Path:
 
 def test_every_public_name_is_on_the_site(site):
     """Those of `test_surface`, and the public members of the two large classes."""
-    objects = inventory.InventoryFile.loads((site / "objects.inv").read_bytes(), uri="").data
+    objects = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="").data
     documented = {name for kind, names in objects.items() if kind.startswith("py:") for name in names}
     wanted = {f"{module}.{name}" for module, names in SURFACE.items() for name in names.split()} - {
         f"gemma3_jax.{name}" for name in MODULES
@@ -118,7 +117,7 @@ def test_a_broken_page_fails(text, named, tmp_path):
     """Control: links to a page and a heading that are not there, and code that raises an error."""
     page = tmp_path / "docs" / "index.md"
     page.parent.mkdir()
-    page.write_text(f"---\nfile_format: mystnb\nkernelspec:\n  name: python3\n---\n# Title\n\n{text}\n")
+    page.write_text(f"# Title\n\n{text}\n")
     done = sphinx(tmp_path, tmp_path / "site", "--keep-going")
     assert done.returncode != 0
     assert all(word in done.stderr for word in named), done.stderr
