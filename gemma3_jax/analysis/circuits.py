@@ -92,14 +92,14 @@ def ov_circuit(config: Gemma3Config, params: Params) -> FactoredMatrix:
 
 @jax.jit
 def composition_scores(left: FactoredMatrix, right: FactoredMatrix) -> jax.Array:
-    """`norm(left @ right) / (norm(left) * norm(right))` of every pair, with Frobenius norms: [*left, *right] float32.
+    """`norm(left @ right) / (norm(left) * norm(right))` of every pair, with Frobenius norms: `[*left, *right]` float32.
 
     A score is between 0 and 1, or NaN where a matrix is zero. Two random matrices [d, d] of rank e score near
     sqrt(1 / d), whatever e is. Compare scores with that value, not with 0. Source: Elhage et al. 2021.
 
     Args:
-        left: [*left, m, n], batch axes first.
-        right: [*right, n, o].
+        left: `[*left, m, n]`, batch axes first.
+        right: `[*right, n, o]`.
 
     Memory: both factors again, and 4 * r * r bytes for each entry of `left`, where r is the inner size. The entries of
     `right` are processed one after the other.
