@@ -17,8 +17,8 @@ from tests.helpers.small_model import TOKENS, small
 
 SURFACE = {
     "gemma3_jax": "TINY ActivationCache ConfigError EmbeddingHead FactoredMatrix Gemma3 Gemma3Config Hook HookPoint "
-    "HookedGemma3 Rope UnknownSite analysis edits features forward get_act_name grad_at harvest next_token_loss patching "
-    "pictures reductions site_names stack_layers unstack_layers",
+    "HookedGemma3 Rope UnknownSite analysis edits features forward get_act_name grad_at harvest next_token_loss "
+    "patching pictures reductions site_names stack_layers unstack_layers",
     "conversion": "CheckpointError convert_checkpoint convert_state_dict export_checkpoint load_params read_heads "
     "save_params",
     "conversion.parity": "Report Row compare compare_sites parity",
