@@ -10,19 +10,27 @@ Axes: b batch, p position.
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 import jax
 import numpy as np
 
+from gemma3_jax.hooks.axes import DependsOnLength
+from gemma3_jax.hooks.longer import LongerMetric
 from gemma3_jax.hooks.needs import depends_on_length
-from gemma3_jax.hooks.reductions import Steps, is_ready
+from gemma3_jax.hooks.reductions import Steps
 from gemma3_jax.hooks.tracing import Traced
 from gemma3_jax.meshes import mesh_of
-from gemma3_jax.run.request import Request
+from gemma3_jax.run.request import Reduced, Request
+from gemma3_jax.run.traced import activation_dtype, longer_metric, with_longer_functions
 from gemma3_jax.sites.table import HEAD_COPIES, site
 from gemma3_jax.types import Params, PyTree
 
+_log = logging.getLogger(__name__)
+
 SHORTEST = 16
+_NOTED = 3  # lengths of prompts, for which a function has compiled a program each
+_lengths: dict[str, set[int]] = {}  # by function, up to so many
 
 
 def bucket(length: int, shortest: int = SHORTEST) -> int:
@@ -41,8 +49,12 @@ def bucket(length: int, shortest: int = SHORTEST) -> int:
     return max(shortest, -(-length // step) * step)
 
 
-def in_bucket(params: Params, request: Request) -> Request | None:
-    """The request at the length of its bucket, always with a mask; None if it must run at its own length.
+def in_bucket(
+    params: Params, request: Request, metric: Traced | None = None
+) -> tuple[Request, LongerMetric | None] | None:
+    """The request at the length of its bucket, always with a mask, and the metric of its result there.
+
+    None if it must run at its own length.
 
     The last column is repeated, so that no new token id, whose embedding might not be finite, comes in.
 
@@ -50,8 +62,9 @@ def in_bucket(params: Params, request: Request) -> Request | None:
 
     - it is traced, or its parameters are on a mesh of several devices,
     - it has positions, documents or embeddings of its own,
-    - it has functions of the user, or an edit whose result depends on the length: see `gemma3_jax.hooks.needs`,
-    - it reduces a site that also has an axis of keys.
+    - it has a ready-made edit whose result depends on the length: see `gemma3_jax.hooks.needs`,
+    - it has a function of the user whose result may depend on the length: see `gemma3_jax.hooks.longer`,
+    - it has a ready-made reduction of a site that also has an axis of keys.
     """
     if _is_traced((params, request)) or mesh_of(params) is not None:
         return None
@@ -67,7 +80,14 @@ def in_bucket(params: Params, request: Request) -> Request | None:
     present = np.pad(np.ones_like(tokens[:1], bool), extra)
     tokens, mask = np.pad(tokens, extra, mode="edge"), np.pad(mask, extra)
     labels = None if request.labels is None else np.pad(request.labels, extra, mode="edge")
-    return dataclasses.replace(request, source=tokens, attention_mask=mask, labels=labels, present=present)
+    wide = dataclasses.replace(request, source=tokens, attention_mask=mask, labels=labels, present=present)
+    try:
+        dtype = activation_dtype(params)
+        measure = None if metric is None else longer_metric(metric, request, wide, dtype)
+        return with_longer_functions(request, wide, dtype), measure
+    except DependsOnLength as error:
+        note_length(str(error), request.source.shape[1])
+        return None
 
 
 def _is_traced(tree: PyTree) -> bool:
@@ -88,8 +108,21 @@ def _reductions_fit(request: Request) -> bool:
     return all(_fits(name, steps) for name, steps in zip(request.names, request.reductions, strict=True))
 
 
-def _fits(name: str, steps: Steps | Traced | None) -> bool:
-    """Whether the result of a reduction has the axis of tokens of its site, or none, and reads no padding."""
-    if steps is None:
-        return True
-    return isinstance(steps, Steps) and is_ready(steps) and not {"p", "k"} <= set(site(name).axes.split())
+def _fits(name: str, steps: Reduced) -> bool:
+    """Whether a reduction is traced, or ready-made for a site without an axis of keys, whose padding it would read."""
+    return not isinstance(steps, Steps) or not {"p", "k"} <= set(site(name).axes.split())
+
+
+def note_length(what: str, length: int) -> None:
+    """Log once, at the third length, that a function has a program for each length; `what` names it and the reason."""
+    lengths = _lengths.setdefault(what, set())
+    if len(lengths) < _NOTED:
+        lengths.add(length)
+        if len(lengths) == _NOTED:
+            _log.warning(
+                "%s depends on all tokens of a prompt, as far as is known, so each length of a prompt compiles a "
+                "program of its own, %d so far; pad the prompts to one length, or compute at each token: "
+                "hook.positions has its position, and a static index such as value[:, -1] is fine",
+                what,
+                _NOTED,
+            )

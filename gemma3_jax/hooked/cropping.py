@@ -17,6 +17,7 @@ import numpy as np
 
 from gemma3_jax.cache.activations import ActivationCache
 from gemma3_jax.hooks.reductions import At, Mean, Steps
+from gemma3_jax.hooks.tracing import Traced
 from gemma3_jax.run.request import Request
 from gemma3_jax.sites.table import site, token_axis
 
@@ -34,12 +35,18 @@ def cropped(result: tuple[Result, ActivationCache], request: Request, kept: int)
     """
     p = request.source.shape[1]
     reductions = dict(zip(request.names, request.reductions, strict=True))
+    of_functions = {
+        name: iter(jax.tree.leaves(steps.results)) for name, steps in reductions.items() if isinstance(steps, Traced)
+    }
 
     def shape_of(path: Sequence[object], x: jax.Array) -> Shape:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         if not names:
             # Logits and residual streams have an axis of tokens; losses and embeddings do not.
             return (x.shape[0], p, *x.shape[2:]) if x.ndim == 3 and request.logits_at is None else x.shape
+        if names[0] in of_functions:
+            exact: Shape = next(of_functions[names[0]]).shape
+            return exact
         if request.logits_at is not None and names[0].startswith("unembed."):
             return x.shape
         steps = reductions.get(names[0])
@@ -50,8 +57,8 @@ def cropped(result: tuple[Result, ActivationCache], request: Request, kept: int)
     leaves, structure = jax.tree.flatten(result)
     shapes = [shape_of(path, x) for path, x in jax.tree_util.tree_leaves_with_path(result)]
     del result
-    exact: tuple[Result, ActivationCache] = jax.tree.unflatten(structure, _crop(leaves, shapes))
-    return exact
+    cut: tuple[Result, ActivationCache] = jax.tree.unflatten(structure, _crop(leaves, shapes))
+    return cut
 
 
 def _captured_shape(name: str, shape: Shape, kept: int, p: int) -> Shape:

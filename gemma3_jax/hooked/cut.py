@@ -21,7 +21,7 @@ from gemma3_jax.hooked.cropping import cropped
 from gemma3_jax.hooks.tracing import Traced
 from gemma3_jax.inputs import Inputs
 from gemma3_jax.run.forward import run
-from gemma3_jax.run.gradients import gradients
+from gemma3_jax.run.gradients import Metric, gradients
 from gemma3_jax.run.request import Output, Request
 from gemma3_jax.sites.table import site, token_axis
 from gemma3_jax.types import Integers, IntegersLike, Params
@@ -45,27 +45,32 @@ class Cut:
 
 
 def in_bucket_or_exact(
-    compiled: Callable[[Request, Cut], tuple[Result, ActivationCache]], params: Params, request: Request, cut: Cut
+    compiled: Callable[[Request, Cut, Metric | None], tuple[Result, ActivationCache]],
+    params: Params,
+    request: Request,
+    cut: Cut,
+    metric: Traced | None = None,
 ) -> tuple[Result, ActivationCache]:
-    """`compiled(request, cut)`, or where that is exact, for the bucket of its length: see `gemma3_jax.hooked.buckets`.
+    """`compiled(request, cut, metric)`, for the bucket of its length where that is exact.
 
-    The results have the shapes of `request` in both cases.
+    The results have the shapes of `request` in both cases. See `gemma3_jax.hooked.buckets`.
 
     Args:
         compiled: runs `run_and_cut` or `gradients_and_cut`, compiled.
         params: parameter pytree.
         request: the request at the prompt's length.
         cut: the cut of its results.
+        metric: of the result, if gradients of one are taken.
     """
-    wide = in_bucket(params, request)
-    if wide is None or cut.rows is not None:
-        return compiled(request, cut)
+    found = in_bucket(params, request, metric)
+    if found is None or cut.rows is not None:
+        return compiled(request, cut, metric)
     kept = request.source.shape[1]
     if cut.columns is not None:
         kept = len(cut.columns)
         extra = bucket(kept, shortest=1) - kept
         cut = dataclasses.replace(cut, columns=np.pad(cut.columns, (0, extra), mode="edge"))
-    return cropped(compiled(wide, cut), request, kept)
+    return cropped(compiled(found[0], cut, found[1]), request, kept)
 
 
 def run_and_cut(params: Params, request: Request, cut: Cut) -> tuple[Output, ActivationCache]:
@@ -77,7 +82,7 @@ def run_and_cut(params: Params, request: Request, cut: Cut) -> tuple[Output, Act
 
 
 def gradients_and_cut(
-    params: Params, request: Request, cut: Cut, metric: Traced | None, *, named: tuple[str, ...]
+    params: Params, request: Request, cut: Cut, metric: Metric | None, *, named: tuple[str, ...]
 ) -> tuple[jax.Array, ActivationCache]:
     """`gradients`, and the cut of its cache, as one program."""
     value, cache = gradients(params, request, metric, named=named)

@@ -372,14 +372,10 @@ class HookedGemma3(Described):
         metric = None if loss_fn is None else traced_metric(self, request, loss_fn, "loss_fn", scalar)
         named = differentiable(self.config, keep, stop_at_layer, return_type)
 
-        def compiled(request: Request, cut: Cut) -> tuple[jax.Array, ActivationCache]:
+        def compiled(request: Request, cut: Cut, metric: Metric | None) -> tuple[jax.Array, ActivationCache]:
             return run_compiled(gradients_and_cut, self.params, request, cut, metric, replicate=False, named=named)
 
-        if metric is None or request.logits_at is not None or return_type == "embedding":
-            value, cache = in_bucket_or_exact(compiled, self.params, request, cut)
-        else:
-            # The metric may read the padding of all logits.
-            value, cache = compiled(request, cut)
+        value, cache = in_bucket_or_exact(compiled, self.params, request, cut, metric)
         return value, self._completed(cache, request, cut)
 
     @overload
@@ -603,7 +599,7 @@ class HookedGemma3(Described):
         return with_more_rows(inputs, rows - b), dataclasses.replace(cut, rows=b)
 
     def _run(self, request: Request, cut: Cut) -> tuple[Output, ActivationCache]:
-        def compiled(request: Request, cut: Cut) -> tuple[Output, ActivationCache]:
+        def compiled(request: Request, cut: Cut, metric: Metric | None) -> tuple[Output, ActivationCache]:
             return run_compiled(run_and_cut, self.params, request, cut, replicate=False)
 
         out, cache = in_bucket_or_exact(compiled, self.params, request, cut)

@@ -59,20 +59,20 @@ def reads_indices(jaxpr: jex.Jaxpr) -> bool:
 def _bad_indices(jaxpr: jex.Jaxpr, values: dict[jex.Var, np.ndarray]) -> Iterator[Bad]:
     """All indices out of range; `values` has the known variables, and the variables that follow are added to it."""
     for equation in jaxpr.eqns:
-        inputs = [_value(x, values) for x in equation.invars]
+        inputs = [value_of(x, values) for x in equation.invars]
         check = _check_of(equation)
         wrong = None if check is None else check(equation, inputs)
         if wrong is not None:
-            yield Bad(*wrong, _line(equation))
-        inner = _called(equation)
+            yield Bad(*wrong, line_of_equation(equation))
+        inner = called(equation)
         if inner is None:
             for body in jex.jaxprs_in_params(equation.params):  # of a loop or a branch, whose inputs are not followed
                 yield from _bad_indices(body, {})
-            values |= _computed(equation, inputs)
+            values |= computed(equation, inputs)
             continue
         inside = {x: value for x, value in zip(inner.invars, inputs, strict=True) if value is not None}
         yield from _bad_indices(inner, inside)
-        results = zip(equation.outvars, (_value(x, inside) for x in inner.outvars), strict=True)
+        results = zip(equation.outvars, (value_of(x, inside) for x in inner.outvars), strict=True)
         values |= {out: value for out, value in results if value is not None}
 
 
@@ -80,7 +80,8 @@ def _shape(x: Atom) -> tuple[int, ...]:
     return aval_of(x).shape
 
 
-def _value(x: Atom, values: Mapping[jex.Var, np.ndarray]) -> np.ndarray | None:
+def value_of(x: Atom, values: Mapping[jex.Var, np.ndarray]) -> np.ndarray | None:
+    """The integers of an operand, if they are known."""
     if not isinstance(x, jex.Literal):
         return values.get(x)
     value = np.asarray(x.val)
@@ -97,7 +98,7 @@ def is_index(value: ArrayLike) -> bool:
     return not isinstance(value, jax.core.Tracer) and may_index(jax.typeof(value))
 
 
-def _called(equation: jex.JaxprEqn) -> jex.Jaxpr | None:
+def called(equation: jex.JaxprEqn) -> jex.Jaxpr | None:
     """The function that an equation calls once, with the equation's own inputs."""
     if equation.primitive.name not in ("jit", "pjit", "closed_call", "custom_jvp_call", "remat2", "checkpoint"):
         return None
@@ -105,9 +106,9 @@ def _called(equation: jex.JaxprEqn) -> jex.Jaxpr | None:
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
-def _computed(equation: jex.JaxprEqn, inputs: Sequence[np.ndarray | None]) -> dict[jex.Var, np.ndarray]:
+def computed(equation: jex.JaxprEqn, inputs: Sequence[np.ndarray | None]) -> dict[jex.Var, np.ndarray]:
     """The result of an equation, if it is known."""
-    compute = _ON_HOST.get(equation.primitive.name)
+    compute = ON_HOST.get(equation.primitive.name)
     if compute is None or any(value is None for value in inputs):
         return {}
     out = equation.outvars[0]
@@ -132,7 +133,7 @@ def _iota(params: Parameters) -> np.ndarray:
 
 
 # Operations that compute indices.
-_ON_HOST: dict[str, Callable[..., np.ndarray]] = {
+ON_HOST: dict[str, Callable[..., np.ndarray]] = {
     "add": lambda _, x, y: x + y,
     "sub": lambda _, x, y: x - y,
     "mul": lambda _, x, y: x * y,
@@ -216,7 +217,8 @@ _SPECS = map(importlib.util.find_spec, ("gemma3_jax", "jax", "flax", "numpy", "e
 _LIBRARIES = tuple(f"{Path(spec.origin).parent}{os.sep}" for spec in _SPECS if spec is not None and spec.origin)
 
 
-def _line(equation: jex.JaxprEqn) -> str:
+def line_of_equation(equation: jex.JaxprEqn) -> str:
+    """The innermost line of user code that made an equation."""
     trace = equation.source_info.traceback
     return line_of(None if trace is None else trace.as_python_traceback())
 

@@ -4,6 +4,8 @@ XLA simplifies constants: x ** 0.5 becomes a square root, and log(2.0) is comput
 input only if its operation, and everything computed from it alone, gives the same bits either way.
 """
 
+from collections.abc import Callable
+
 import jax.extend.core as jex
 import numpy as np
 
@@ -28,13 +30,27 @@ def with_numbers_as_inputs(jaxpr: jex.Jaxpr) -> tuple[jex.Jaxpr, list[np.ndarray
     [2.0]
     """
     fixed = _fixed(jaxpr, set())
+    return _lifted(jaxpr, lambda equation, i, x: _is_number(x) and _may_change(equation, i, fixed))
+
+
+def with_integers_as_inputs(jaxpr: jex.Jaxpr) -> tuple[jex.Jaxpr, list[np.ndarray]]:
+    """The jaxpr with the integer literals of its equations as additional constants, and their values.
+
+    Arithmetic of integers has the same bits in either form. Indices that are inputs can no longer be checked.
+    """
+    return _lifted(jaxpr, lambda equation, i, x: aval_of(x).dtype.kind in "iu" and aval_of(x).shape == ())
+
+
+def _lifted(
+    jaxpr: jex.Jaxpr, may_change: Callable[[jex.JaxprEqn, int, jex.Literal], bool]
+) -> tuple[jex.Jaxpr, list[np.ndarray]]:
     variables: list[jex.Var] = []
     numbers: list[np.ndarray] = []
     equations = []
     for equation in jaxpr.eqns:
         operands = list(equation.invars)
         for i, x in enumerate(operands):
-            if isinstance(x, jex.Literal) and _is_number(x) and _may_change(equation, i, fixed):
+            if isinstance(x, jex.Literal) and may_change(equation, i, x):
                 variable = jex.Var(x.aval)
                 operands[i] = variable
                 variables.append(variable)

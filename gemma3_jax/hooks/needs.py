@@ -127,18 +127,22 @@ def with_arrays(edit: Edit) -> Edit:
     return jax.tree.map(lambda leaf: jnp.float32(leaf) if _is_number(leaf) else leaf, edit)
 
 
-def with_functions(edit: Edit, value: jax.ShapeDtypeStruct, hook: Hook, trace: Callable[..., Edit]) -> Edit:
-    """The edit with `trace(function, value, hook)` in place of every function in it that is not a ready-made edit.
+def with_functions(edit: Edit, values: Sequence[jax.ShapeDtypeStruct], hook: Hook, change: Callable[..., Edit]) -> Edit:
+    """The edit with `change(function, values, hook)` in place of every function in it that is not a ready-made edit.
 
-    `value` and `hook` have the shapes of the edit's arguments.
+    Args:
+        edit: any edit.
+        values: the shape of the site's value, or several; `change` gets them in the function's layout.
+        hook: with shapes in place of arrays.
+        change: returns the edit to use.
     """
     if type(edit) is Only:
-        return dataclasses.replace(edit, edit=with_functions(edit.edit, value, hook, trace))
+        return dataclasses.replace(edit, edit=with_functions(edit.edit, values, hook, change))
     if isinstance(edit, InLayout):
-        rearranged = jax.eval_shape(lambda x: einops.rearrange(x, edit.layout), value)
+        rearranged = [jax.eval_shape(lambda x: einops.rearrange(x, edit.layout), value) for value in values]
         hook = dataclasses.replace(hook, layout=edit.layout)
-        return dataclasses.replace(edit, edit=with_functions(edit.edit, rearranged, hook, trace))
-    return edit if _is_ready(edit) or isinstance(edit, Traced) else trace(edit, value, hook)
+        return dataclasses.replace(edit, edit=with_functions(edit.edit, rearranged, hook, change))
+    return edit if _is_ready(edit) else change(edit, values, hook)
 
 
 def in_layout(edit: Edit, layout: str) -> Edit:
@@ -155,16 +159,18 @@ def in_layout(edit: Edit, layout: str) -> Edit:
 def depends_on_length(edit: Edit, name: str) -> bool:
     """Whether the values of an edit at a text's tokens may change if masked columns follow the text.
 
-    True for any edit that is not ready-made: a function may read the shape. True too at sites with an axis of keys,
-    where an edit may give weight to masked keys, or compute with all keys.
+    True at sites with an axis of keys for ready-made edits, which may give weight to masked keys, or compute with all
+    keys. Traced functions are for `gemma3_jax.hooks.longer` to decide; only their restrictions are asked here.
 
     Args:
-        edit: an edit at the site `name`.
+        edit: an edit at the site `name`, whose functions are traced.
         name: canonical name.
     """
     axes = site(name).axes.split()
-    ready = all(isinstance(each, Only | InLayout) or _is_ready(each) for each in nested(edit))
-    return not ready or {"p", "k"} <= set(axes) or _any_says("depends_on_length", edit, axes)
+    function = [isinstance(each, Traced) for each in nested(edit)][-1]
+    ready = all(isinstance(each, Only | InLayout | Traced) or _is_ready(each) for each in nested(edit))
+    with_keys = {"p", "k"} <= set(axes) and not function
+    return not ready or with_keys or _any_says("depends_on_length", edit, axes)
 
 
 def _varies_by_position(edit: Edit, axes: Sequence[str]) -> bool:

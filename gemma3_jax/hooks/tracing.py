@@ -163,6 +163,11 @@ def _plain(const: ArrayLike) -> ArrayLike:
     return np.asarray(const) if isinstance(const, np.ndarray) else const
 
 
+def as_computation(jaxpr: jex.Jaxpr, results: PyTreeDef) -> Computation:
+    """The unique computation of a jaxpr that was not traced from a function."""
+    return _computation(jaxpr, results, "", ())
+
+
 def _computation(
     jaxpr: jex.Jaxpr, results: PyTreeDef, where: str, watched: Sequence[weakref.ref[object]]
 ) -> Computation:

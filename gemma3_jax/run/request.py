@@ -18,6 +18,7 @@ import numpy as np
 
 from gemma3_jax.config import EmbeddingHead, Gemma3Config
 from gemma3_jax.hooks.interception import Edit, Phase
+from gemma3_jax.hooks.longer import Longer
 from gemma3_jax.hooks.needs import phases
 from gemma3_jax.hooks.reductions import At, Steps
 from gemma3_jax.hooks.tracing import Traced
@@ -41,6 +42,8 @@ LARGE = 2**27  # bytes of parameters
 
 # What a run returns: logits or a loss, both, an embedding, or None.
 Output: TypeAlias = jax.Array | tuple[jax.Array, jax.Array] | None
+# A reduction, as the user gave it or traced; None captures the whole value.
+Reduced: TypeAlias = Steps | Traced | Longer | None
 
 
 @flax.struct.dataclass
@@ -79,7 +82,7 @@ class Request:
     logits_at: jax.Array | None
     past: Sequence[Past] | None
     edits: Mapping[str, Sequence[Edit]]
-    reductions: tuple[Steps | Traced | None, ...]
+    reductions: tuple[Reduced, ...]
     present: Integers | None
     config: Gemma3Config = flax.struct.field(pytree_node=False)
     names: tuple[str, ...] = flax.struct.field(pytree_node=False)

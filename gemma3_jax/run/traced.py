@@ -5,9 +5,10 @@ Axes: b batch, p position, k key position, V vocabulary, h query heads, g key/va
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,14 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from gemma3_jax.hooks.axes import DependsOnLength
 from gemma3_jax.hooks.interception import Edit, Hook, at_least_float32, call_edit
+from gemma3_jax.hooks.longer import Growing, Longer, LongerMetric, longer
 from gemma3_jax.hooks.needs import phases, with_functions
 from gemma3_jax.hooks.reductions import Steps, is_ready
 from gemma3_jax.hooks.tracing import Traced, traced
-from gemma3_jax.run.request import Request
+from gemma3_jax.run.request import Reduced, Request
 from gemma3_jax.sites.names import block, layer_of
 from gemma3_jax.sites.table import HEAD_COPIES, axis_size, site
-from gemma3_jax.types import Params
+from gemma3_jax.types import Params, PyTree
 
 
 def with_traced_functions(request: Request, dtype: DTypeLike, keys: int | None = None) -> Request:
@@ -38,11 +41,16 @@ def with_traced_functions(request: Request, dtype: DTypeLike, keys: int | None =
     def trace_edit(name: str, edit: Edit) -> Edit:
         value = _value(request, name, dtype, keys)
         value = jax.ShapeDtypeStruct(value.shape, at_least_float32(value.dtype))
-        trace = functools.partial(traced, where=f"the edit at {name}", call=call_edit, moment=moment)
-        return with_functions(edit, value, _hook(request, name, keys), trace)
 
-    def trace_reduction(name: str, steps: Steps | Traced | None) -> Steps | Traced | None:
-        if steps is None or is_ready(steps):
+        def trace(edit: Edit, values: Sequence[jax.ShapeDtypeStruct], hook: Hook) -> Edit:
+            if isinstance(edit, Traced):
+                return edit
+            return traced(edit, *values, hook, where=f"the edit at {name}", call=call_edit, moment=moment)
+
+        return with_functions(edit, [value], _hook(request, name, keys), trace)
+
+    def trace_reduction(name: str, steps: Reduced) -> Reduced:
+        if not isinstance(steps, Steps) or is_ready(steps):
             return steps
         where = f"the reduction {steps} at {name}"
         return traced(steps, _value(request, name, dtype, keys), _hook(request, name, keys), where=where, moment=moment)
@@ -56,6 +64,82 @@ def with_traced_functions(request: Request, dtype: DTypeLike, keys: int | None =
         edits={name: tuple(trace_edit(name, edit) for edit in several) for name, several in acting.items()},
         reductions=tuple(map(trace_reduction, request.names, request.reductions)),
     )
+
+
+def with_longer_functions(request: Request, wide: Request, dtype: DTypeLike) -> Request:
+    """`wide`, with the traced functions of `request` for its columns.
+
+    Args:
+        request: as `with_traced_functions` returns it.
+        wide: the same request with more columns, which `present` marks.
+        dtype: dtype of the model's activations.
+
+    Raises:
+        DependsOnLength: a function's results may depend on the number of columns; the message names it.
+    """
+    columns = wide.source.shape[1] - request.source.shape[1]
+    one_more = _with_one_more_column(request)
+
+    def change(name: str, function: Edit, values: Sequence[jax.ShapeDtypeStruct], hook: Hook) -> Edit:
+        if not isinstance(function, Traced):
+            raise DependsOnLength(f"the edit at {name} is not traced")
+        inputs = (values[0], hook), (values[1], _hook(one_more, name, None))
+        grow = _growing(*inputs)
+        with _naming(f"the edit at {name}"):
+            traced_wide = longer(function, grow, columns, grow[:1])
+        return Longer(traced_wide, wide.present, _indices(grow[0]), hook.attention_mask is not None)
+
+    def longer_edit(name: str, edit: Edit) -> Edit:
+        values = [_value(each, name, dtype, None) for each in (request, one_more)]
+        values = [jax.ShapeDtypeStruct(x.shape, at_least_float32(x.dtype)) for x in values]
+        return with_functions(edit, values, _hook(request, name, None), functools.partial(change, name))
+
+    def longer_reduction(name: str, steps: Reduced) -> Reduced:
+        if not isinstance(steps, Traced):
+            return steps
+        inputs = [(_value(each, name, dtype, None), _hook(each, name, None)) for each in (request, one_more)]
+        with _naming(f"the reduction at {name}"):
+            traced_wide = longer(steps, _growing(*inputs), columns)
+        return Longer(traced_wide, None, (), inputs[0][1].attention_mask is not None)
+
+    return dataclasses.replace(
+        wide,
+        edits={name: tuple(longer_edit(name, edit) for edit in several) for name, several in request.edits.items()},
+        reductions=tuple(map(longer_reduction, request.names, request.reductions)),
+    )
+
+
+def longer_metric(metric: Traced, request: Request, wide: Request, dtype: DTypeLike) -> LongerMetric:
+    """A traced metric of the result of `request` for that of `wide`; arguments and errors as above."""
+    grow = _growing(*(output_of(each, dtype) for each in (request, _with_one_more_column(request))))
+    with _naming("the metric"):
+        function = longer(metric, grow, wide.source.shape[1] - request.source.shape[1], derivatives=True)
+    assert wide.present is not None  # as in every request with more columns
+    return LongerMetric(function, wide.present, _indices(grow[0]))
+
+
+@contextlib.contextmanager
+def _naming(what: str) -> Iterator[None]:
+    try:
+        yield
+    except DependsOnLength as error:
+        raise DependsOnLength(f"{what} ({error})") from None
+
+
+def _with_one_more_column(request: Request) -> Request:
+    """A request whose shapes show which axes have columns."""
+    b, p = request.source.shape
+    return dataclasses.replace(request, source=np.zeros((b, p + 1), np.int32))
+
+
+def _growing(inputs: PyTree, one_more: PyTree) -> Growing:
+    """For each leaf, which of its axes have columns, from its shape and that with one column more."""
+    pairs = zip(jax.tree.leaves(inputs), jax.tree.leaves(one_more), strict=True)
+    return tuple(tuple(a != b for a, b in zip(x.shape, y.shape, strict=True)) for x, y in pairs)
+
+
+def _indices(grow: Sequence[bool]) -> tuple[int, ...]:
+    return tuple(axis for axis, grows in enumerate(grow) if grows)
 
 
 def activation_dtype(params: Params) -> np.dtype:
