@@ -15,6 +15,7 @@ R = TypeVar("R")
 
 _HOOKS = "name the hooks in each run: run_with_hooks(input, [(name, function)])"
 _FLAG = "no site needs a flag; name it in names_filter"
+_BIASES = "Gemma 3 has no biases; of a checkpoint that has them, model.params does"
 _DEVICE = "place the parameters: HookedGemma3(config, jax.device_put(model.params, device), model.tokenizer), or mesh="
 _FUNCTIONS = "a model is its parameters and pure functions; model.params has the arrays"
 _STATE = "there are no training and evaluation modes, and no gradients are kept"
@@ -29,7 +30,12 @@ REMEDIES: dict[str, dict[str, str]] = {
         "hook_dict": "gemma3_jax.site_names(model.config) lists the sites",
         "hook_points": "gemma3_jax.site_names(model.config) lists the sites",
         **dict.fromkeys(["to", "cuda", "cpu", "mps", "device"], _DEVICE),
-        **dict.fromkeys(["blocks", "unembed", "ln_final"], _FUNCTIONS),
+        **dict.fromkeys(["blocks", "unembed", "ln_final", "mod_dict"], _FUNCTIONS),
+        **dict.fromkeys(["W_pos", "W_E_pos", "pos_embed"], "positions are rotary, so they have no weights"),
+        **dict.fromkeys(["b_Q", "b_K", "b_V", "b_O", "b_in", "b_out", "b_U", "accumulated_bias"], _BIASES),
+        "all_head_labels": "cache.stack_head_results(return_labels=True) returns them: L0H0, L0H1, ...",
+        "input_to_embed": "capture hook_embed, with stop_at_layer=0",
+        "get_caching_hooks": _HOOKS,
         **dict.fromkeys(["parameters", "named_parameters", "state_dict", "load_state_dict"], _FUNCTIONS),
         **dict.fromkeys(["eval", "train", "zero_grad", "requires_grad_"], _STATE),
         **dict.fromkeys(
@@ -103,6 +109,10 @@ ARGUMENTS: dict[str, str] = {
     "start_at_layer": "use gemma3_jax.forward, which takes inputs_embeds and start_at_layer",
     "do_sample": "temperature=0, the default, takes the likeliest token, and a higher temperature samples",
     "freq_penalty": "use repetition_penalty",
+    "verbose": "it shows no progress of its own",
+    "truncate": "texts are never truncated; take a slice of the ids",
+    "move_to_device": "arrays are on JAX's default device, or on the devices of the parameters",
+    "batch_slice": "use cache.sliced(batch=...)",
     "use_past_kv_cache": "generation always has a KV cache",
     "past_kv_cache": "use model.generate, or past= of gemma3_jax.forward",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import os
@@ -26,7 +27,7 @@ from gemma3_jax.elsewhere import missing
 from gemma3_jax.inputs import as_array
 from gemma3_jax.meshes import own_rows
 from gemma3_jax.processes import in_first, in_this, own_part, spans_processes, to_host
-from gemma3_jax.sites.names import Match, get_act_name, resolve, searchable_names, spellings
+from gemma3_jax.sites.names import Match, UnknownSite, get_act_name, resolve, searchable_names, spellings
 from gemma3_jax.sites.table import site, token_axis
 from gemma3_jax.types import Integers, Params, PyTree
 
@@ -111,8 +112,15 @@ class ActivationCache(Described, Mapping[str, jax.Array]):
 
     def _match(self, name: Name) -> Match:
         """The site of a name, ignoring the suffix for gradients."""
-        full = name if isinstance(name, str) else get_act_name(*name, config=self.config)
-        return resolve(full.removesuffix(GRAD), self.config)
+        if not isinstance(name, str):
+            return resolve(get_act_name(*name, config=self.config).removesuffix(GRAD), self.config)
+        whole = name.removesuffix(GRAD)
+        try:
+            return resolve(whole, self.config)
+        except UnknownSite:
+            with contextlib.suppress(UnknownSite):
+                return resolve(get_act_name(whole, config=self.config), self.config)
+            raise
 
     def __iter__(self) -> Iterator[str]:
         known = searchable_names(self.config)

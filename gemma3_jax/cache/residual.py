@@ -56,6 +56,7 @@ from gemma3_jax.cache.components import (
     z_name,
 )
 from gemma3_jax.compute.matmul import matmul
+from gemma3_jax.elsewhere import knows_arguments_from_elsewhere
 from gemma3_jax.inputs import as_array
 from gemma3_jax.model.layers import RMSNorm
 from gemma3_jax.sites.names import block, get_act_name
@@ -284,6 +285,7 @@ def stack_activation(
     return jnp.stack([jnp.asarray(cache[name]) for name in names])
 
 
+@knows_arguments_from_elsewhere
 def apply_ln_to_stack(
     cache: Captured,
     residual_stack: jax.Array,
@@ -317,6 +319,7 @@ def apply_ln_to_stack(
     return stack / scale * weight_of(cache, norm)
 
 
+@knows_arguments_from_elsewhere
 def logit_attrs(
     cache: Captured,
     residual_stack: jax.Array,

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma3_jax.elsewhere import knows_arguments_from_elsewhere
 from gemma3_jax.hooked.protocol import Model
 from gemma3_jax.inputs import Inputs, as_array, check_ids, padding_mask, special_id, token_ids
 from gemma3_jax.positions import check_mask, packed_documents
@@ -97,6 +98,7 @@ def inputs(
     return Inputs(tokens, *map(_rows, (attention_mask, positions, segment_ids, labels)))
 
 
+@knows_arguments_from_elsewhere
 def to_tokens(
     model: Model,
     input: str | Sequence[str],
@@ -127,12 +129,14 @@ def to_string(model: Model, tokens: IntegersLike) -> str | list[str]:
 
 
 def to_str_tokens(model: Model, input: Input, prepend_bos: bool = True) -> list[str] | list[list[str]]:
-    """The tokens of a text (or of ids [p]) as strings; a list of lists for several texts (or ids [b, p])."""
+    """The tokens of a text, of ids [p] or of one id as strings; a list of lists for several texts or ids [b, p]."""
     if isinstance(input, str):
         return spelled_tokens(model, ids_of(model, input, prepend_bos))
     if is_text(input):
         return [spelled_tokens(model, ids_of(model, text, prepend_bos)) for text in input]
-    ids = _decodable(model, cast(IntegersLike, input["input_ids"] if isinstance(input, Mapping) else input))
+    ids = np.atleast_1d(
+        _decodable(model, cast(IntegersLike, input["input_ids"] if isinstance(input, Mapping) else input))
+    )
     return spelled_tokens(model, ids) if ids.ndim == 1 else [spelled_tokens(model, row) for row in ids]
 
 

@@ -159,7 +159,8 @@ def get_act_name(
     """The canonical name for TransformerLens' shorthand.
 
     Args:
-        name: the part of a canonical or legacy name after `hook_`: "resid_post", "q", "scale", "out".
+        name: the part of a canonical or legacy name after `hook_`: "resid_post", "q", "scale", "out". "q3" and
+            "scale0ln1" are names with their layer and part.
         layer: block index; None for sites outside the blocks. Negative ones count from the end.
         layer_type: the component that has the site, "ln1", "attn", "attn.q_norm" or "q_norm"; "" for the block itself.
             None means any component, which is an error if several components of a block have a site with that name.
@@ -171,9 +172,12 @@ def get_act_name(
     Raises:
         UnknownSite: no site matches the shorthand, or several do; or the model has no such layer.
 
-    >>> get_act_name("q", 3), get_act_name("scale", 0, "ln1"), get_act_name("embed")
-    ('blocks.3.attn.q.hook_out', 'blocks.0.ln1.hook_scale', 'embed.hook_out')
+    >>> get_act_name("q", 3), get_act_name("scale", 0, "ln1"), get_act_name("embed"), get_act_name("k6")
+    ('blocks.3.attn.q.hook_out', 'blocks.0.ln1.hook_scale', 'embed.hook_out', 'blocks.6.attn.k.hook_out')
     """
+    together = re.fullmatch(r"([a-z_]+)(\d+)(\w*)", name)
+    if together and layer is None:
+        name, layer, layer_type = together[1], int(together[2]), together[3] or layer_type
     short = _HOOK_WORDS.get(name, name)
     part = layer_type and _PART_WORDS.get(layer_type, layer_type)
     known = [entry for entry in _shorthands() if entry.in_block == (layer is not None)]

@@ -183,6 +183,34 @@ def test_single_tokens():
             model.to_single_str_token(outside)
 
 
+def test_short_forms():
+    """Names with their layer, names alone, and one id, as TransformerLens takes them."""
+    model = tiny()
+    _, cache = model.run_with_cache("ba ke lo", ["hook_embed", "blocks.1.attn.k.hook_out", "blocks.2.ln1.hook_scale"])
+    for short, name in (("embed", "hook_embed"), ("k1", ("k", 1)), ("scale2ln1", ("scale", 2, "ln1"))):
+        assert cache[short] is cache[name]
+        assert short in cache
+    for wrong in ("k9", "nothing3", "scale2ln9", "embed3"):
+        assert wrong not in cache
+        with pytest.raises(KeyError):
+            _ = cache[wrong]
+    assert model.to_str_tokens(model.to_single_token("lo")) == ["lo"]
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda model, cache: model.to_tokens("ba", truncate=True), "truncate: texts are never truncated"),
+        (lambda model, cache: cache.logit_attrs(cache, 3, batch_slice=0), r"batch_slice: use cache\.sliced\(batch="),
+        (lambda model, cache: cache.apply_ln_to_stack(cache, batch_slice=0), r"batch_slice: use cache\.sliced\(batch="),
+    ],
+)
+def test_arguments_of_other_methods_say_what_to_write(call, says):
+    """Those of texts and of caches."""
+    with pytest.raises(TypeError, match=says):
+        call(tiny(), ActivationCache(tiny().config, {}))
+
+
 def test_the_position_of_a_token():
     """It is the index in `to_str_tokens`, in text and in ids, with and without BOS."""
     model, text = tiny(), "ba ke lo ba ke"

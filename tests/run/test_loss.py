@@ -1,5 +1,7 @@
 """Losses per token and per row: labels that do not count, padding, documents, and labels outside the vocabulary."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from gemma3_jax import HookedGemma3, edits, forward, grad_at, next_token_loss, stack_layers
 from gemma3_jax.analysis import loss_per_token
+from gemma3_jax.placing import make_mesh
 from tests.helpers.small_model import assert_same, small
 
 V, P = 13, 6
@@ -84,16 +87,6 @@ def test_an_additive_mask_is_refused():
         next_token_loss(LOGITS, np.ones((2, P), int), np.array([[0.0] * 4 + [-1e9] * 2] * 2))
 
 
-def rows_alone(batch: list[dict], **options) -> list[float]:
-    """The loss of each row, from its logits alone and torch's mean over the labels that count."""
-    means = []
-    for row in batch:
-        logits = forward(*small(), jnp.asarray([row["tokens"]]), **options)[0][0, :-1]
-        labels = torch.as_tensor(row["labels"][1:])
-        means.append(float(torch.nn.functional.cross_entropy(torch.as_tensor(np.array(logits)), labels)))
-    return means
-
-
 TEXT, OTHER = [2, 10, 20, 30, 40, 50, 60], [2, 11, 21]
 ANSWER = [-100, -100, -100, 30, 41, -100, 60]  # of `TEXT`, with one label that is not the next token
 BATCH = {
@@ -101,16 +94,27 @@ BATCH = {
     "attention_mask": jnp.asarray([[1] * 7, [0] * 4 + [1] * 3]),
     "labels": jnp.asarray([ANSWER, [-100] * 5 + OTHER[1:]]),
 }
-ROWS = [{"tokens": TEXT, "labels": ANSWER}, {"tokens": OTHER, "labels": OTHER}]
+
+
+@functools.cache
+def rows_alone() -> list[float]:
+    """The loss of each row of `BATCH`, from its logits alone and torch's mean over the labels that count."""
+    means = []
+    for tokens, labels in ((TEXT, ANSWER), (OTHER, OTHER)):
+        logits = forward(*small(1), jnp.asarray([tokens]))[0][0, :-1]
+        means.append(
+            float(torch.nn.functional.cross_entropy(torch.as_tensor(np.array(logits)), torch.tensor(labels[1:])))
+        )
+    return means
 
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_the_loss_of_each_row(stacked):
     """Of padded rows with labels, in both layouts of the parameters: as that of each row alone."""
-    config, params = small()
+    config, params = small(1)
     params = stack_layers(config, params) if stacked else params
     losses, _ = forward(config, params, **BATCH, return_type="loss_per_row")
-    wanted = rows_alone(ROWS)
+    wanted = rows_alone()
     np.testing.assert_allclose(losses, wanted, rtol=1e-5)
     total, _ = forward(config, params, **BATCH, return_type="loss")
     np.testing.assert_allclose(total, np.average(wanted, weights=[3, 2]), rtol=1e-5)
@@ -121,16 +125,16 @@ def test_a_row_of_packed_documents():
     """Its mean is over the pairs of both documents; a row without a label that counts has none."""
     tokens, ids = jnp.asarray([TEXT + OTHER] * 2), jnp.asarray([[0] * 7 + [1] * 3] * 2)
     labels = jnp.asarray([ANSWER + OTHER, [-100] * 10])
-    losses, _ = forward(*small(), tokens, segment_ids=ids, labels=labels, return_type="loss_per_row")
-    np.testing.assert_allclose(losses, [np.average(rows_alone(ROWS), weights=[3, 2]), np.nan], rtol=1e-5)
+    losses, _ = forward(*small(1), tokens, segment_ids=ids, labels=labels, return_type="loss_per_row")
+    np.testing.assert_allclose(losses, [np.average(rows_alone(), weights=[3, 2]), np.nan], rtol=1e-5)
 
 
 def test_every_way_to_a_loss_with_labels():
     """Methods in buckets, a collator's mapping, losses per token, gradients at sites, and embeddings as input agree."""
-    config, params = small()
+    config, params = small(1)
     model = HookedGemma3(config, params)
     tokens, batch = BATCH["tokens"], {"input_ids": BATCH["tokens"], **{k: v for k, v in BATCH.items() if k != "tokens"}}
-    wanted = rows_alone(ROWS)
+    wanted = rows_alone()
     rest = {"attention_mask": BATCH["attention_mask"], "labels": BATCH["labels"]}
     per_token = loss_per_token(model, tokens, **rest)
     embedded = forward(config, params, tokens, "hook_embed", attention_mask=rest["attention_mask"])[1]["hook_embed"]
@@ -152,6 +156,15 @@ def test_every_way_to_a_loss_with_labels():
     ):
         np.testing.assert_allclose(losses, mean, rtol=1e-5)
     assert model(batch).shape == (2, 7, config.vocab_size)  # logits do not need labels
+
+
+def test_rows_that_a_mesh_adds_have_no_loss():
+    """Three rows on two devices run as four; the labels get a row too, and its loss is dropped."""
+    model = HookedGemma3(*small(1), mesh=make_mesh(model=1, devices=jax.devices()[:2]))
+    three = {name: jnp.concatenate([x, x[:1]]) for name, x in BATCH.items()}
+    first, second = rows_alone()
+    losses = model(three.pop("tokens"), "loss_per_row", **three)
+    np.testing.assert_allclose(losses, [first, second, first], rtol=1e-5)
 
 
 def test_gradients_of_one_row():
@@ -183,6 +196,6 @@ def test_bad_labels(options, says):
     given = {**BATCH, "return_type": "loss_per_row", **options}
     given["labels"] = np.asarray(given["labels"])
     with pytest.raises(ValueError, match=says):
-        forward(*small(), **given)
+        forward(*small(1), **given)
     with pytest.raises(ValueError, match=says):
-        HookedGemma3(*small())(given.pop("tokens"), **given)
+        HookedGemma3(*small(1))(given.pop("tokens"), **given)
