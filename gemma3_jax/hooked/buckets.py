@@ -89,6 +89,12 @@ def in_bucket(
         return None
 
 
+def longest(params: Params, request: Request) -> tuple[Request, int]:
+    """The request at the length of its bucket, or as it is; and the number of columns that were added."""
+    found = in_bucket(params, request)
+    return (request, 0) if found is None else (found[0], found[0].source.shape[1] - request.source.shape[1])
+
+
 def _is_traced(tree: PyTree) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
