@@ -1,4 +1,4 @@
-"""Analyses of prompts of many lengths: few programs, and the numbers and shapes of each prompt's own length."""
+"""Analyses of prompts of many lengths: few programs, and the numbers and shapes of a run at the prompt's length."""
 
 import jax
 import numpy as np
