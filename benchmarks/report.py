@@ -25,6 +25,7 @@ TITLES = {
     "conversion": "Conversion",
     "compile_time": "Compile time",
     "first_result": "First result of a process",
+    "lengths": "Prompts of 50 lengths",
 }
 
 INTRODUCTION = """# Benchmarks

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from gemma3_jax.hooked.buckets import longest
 from gemma3_jax.hooked.hooked import HookedGemma3
 from gemma3_jax.hooked.requests import request_of
 from gemma3_jax.hooked.tokenizer import Input
@@ -69,15 +70,17 @@ def detect_heads(
     if error_measure not in get_args(ErrorMeasure):
         raise ValueError(f"error_measure is {error_measure!r}; it must be 'mul' or 'abs'")
     request = request_of(model, model.inputs(input, attention_mask), block("*", "attn.hook_pattern"), return_type=None)
-    tokens = jnp.asarray(request.source)
-    mask = None if request.attention_mask is None else jnp.asarray(request.attention_mask)
-    documents = packed_documents(request.segment_ids, request.positions, mask)
+    wide, extra = longest(model.params, request)
+    tokens = jnp.asarray(wide.source)
+    mask = None if wide.attention_mask is None else jnp.asarray(wide.attention_mask)
+    documents = packed_documents(wide.segment_ids, wide.positions, mask)
     if isinstance(pattern, str):
         expected = detection_pattern(pattern, tokens, mask, documents)
     else:
-        expected = _checked(pattern, tokens, model.config.use_bidirectional_attention)
+        expected = _checked(pattern, request.source, model.config.use_bidirectional_attention)
+        expected = jnp.pad(expected, ((0, 0), (0, extra), (0, extra))) if extra else expected
     compared = _compared(tokens, mask, documents, exclude_bos, exclude_current_token)
-    return run_compiled(_scores, model.params, request, expected, compared, error_measure=error_measure)
+    return run_compiled(_scores, model.params, wide, expected, compared, error_measure=error_measure)
 
 
 def detection_pattern(
@@ -152,7 +155,7 @@ def _compared(
     return compared & ~jnp.eye(tokens.shape[1], dtype=bool) if exclude_current_token else compared
 
 
-def _checked(pattern: ArrayLike, tokens: jax.Array, bidirectional: bool) -> jax.Array:
+def _checked(pattern: ArrayLike, tokens: Integers, bidirectional: bool) -> jax.Array:
     length = tokens.shape[1]
     if np.shape(pattern) != (length, length):
         raise ValueError(

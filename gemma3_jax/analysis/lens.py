@@ -18,6 +18,8 @@ import numpy as np
 from gemma3_jax.cache.residual import HEADS, RESIDUAL
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.descriptions import Described, Description, fields_of
+from gemma3_jax.hooked.buckets import longest
+from gemma3_jax.hooked.cropping import shortened
 from gemma3_jax.hooked.hooked import HookedGemma3
 from gemma3_jax.hooked.requests import request_of
 from gemma3_jax.hooked.tokenizer import Input
@@ -118,7 +120,11 @@ def logit_lens(
                 f"an id for each row and position, {request.source.shape}"
             )
         targets = jnp.broadcast_to(ids, request.source.shape)
-    return LogitLens(sites, *run_compiled(_lens, model.params, request, targets, k=k, chunk_size=chunk_size))
+    wide, extra = longest(model.params, request)
+    if targets is not None and extra:
+        targets = np.pad(np.asarray(targets), ((0, 0), (0, extra)))
+    arrays = run_compiled(_lens, model.params, wide, targets, k=k, chunk_size=chunk_size)
+    return LogitLens(sites, *shortened(arrays, 2, request.source.shape[1]))
 
 
 def lens_table(model: HookedGemma3, lens: LogitLens, row: int = 0) -> tuple[list[list[list[str]]], np.ndarray]:

@@ -20,6 +20,8 @@ from rich.text import Text
 
 from gemma3_jax.analysis.lens import LensArrays, in_chunks, read_rows, readout
 from gemma3_jax.descriptions import Described, Description
+from gemma3_jax.hooked.buckets import longest
+from gemma3_jax.hooked.cropping import shortened
 from gemma3_jax.hooked.hooked import HookedGemma3
 from gemma3_jax.hooked.requests import request_of
 from gemma3_jax.hooked.tokenizer import Input
@@ -182,7 +184,10 @@ def loss_per_token(
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
     request = request_of(model, inputs, return_type="loss")
-    return run_compiled(_losses, model.params, request, chunk_size=chunk_size)
+    wide, _ = longest(model.params, request)
+    losses = run_compiled(_losses, model.params, wide, chunk_size=chunk_size)
+    result: jax.Array = shortened(losses, 1, request.source.shape[1] - 1)
+    return result
 
 
 def _read_answer(params: Params, request: Request, *, length: int, k: int) -> LensArrays:

@@ -21,7 +21,7 @@ from gemma3_jax.descriptions import Described, Description, fields_of
 from gemma3_jax.generation.decode import Decoding, Task, check_logits, go_on, read
 from gemma3_jax.generation.memory import in_memory
 from gemma3_jax.generation.sampling import Options, check_names, row_keys, sampling
-from gemma3_jax.hooks.needs import check_generation
+from gemma3_jax.hooks.needs import check_generation, some_depend_on_length
 from gemma3_jax.inputs import as_array, padding_mask, token_ids
 from gemma3_jax.model.layout import unstack_layers
 from gemma3_jax.positions import check_mask
@@ -78,7 +78,8 @@ def generate(
 
     The prefill is one pass over the prompts. One compiled decode loop then writes all tokens, and ends when every row
     has a stop token. Prompts of similar lengths share a compilation, and changing the values of parameters does not
-    trigger recompilation. With edits, the prompt keeps its length, so edits see the same shapes as in `forward`.
+    trigger recompilation. With functions as edits, the prompt keeps its length, so that they see the shapes of
+    `forward`; so it does with ready-made edits that depend on the length, such as `edits.Noise`.
 
     The hook of an edit has the absolute `positions` of the tokens, [b, p] for the prompt and then [b, 1] for each new
     token, and the `phase`, "prompt" or "generation". `edits.only` restricts an edit to a phase. Steering during
@@ -246,8 +247,8 @@ def prepare(
     for name, several in request.edits.items():
         for each in several:
             check_generation(each, name, shortest, new - 1, moved)
-    # Edits see the prompt without extra columns. Without edits, prompts of similar lengths share a program.
-    extra = 0 if request.edits else _bucket(p) - p
+    # Functions see the prompt without extra columns. Without them, prompts of similar lengths share a program.
+    extra = 0 if some_depend_on_length(request.edits) else _bucket(p) - p
     prompt, step = _traced(request, dtype, p + _bucket(new))
     task = Task(
         prompt,

@@ -17,13 +17,13 @@ import numpy as np
 
 from gemma3_jax.hooks.axes import DependsOnLength
 from gemma3_jax.hooks.longer import LongerMetric
-from gemma3_jax.hooks.needs import depends_on_length
+from gemma3_jax.hooks.needs import some_depend_on_length
 from gemma3_jax.hooks.reductions import Steps
 from gemma3_jax.hooks.tracing import Traced
 from gemma3_jax.meshes import mesh_of
 from gemma3_jax.run.request import Reduced, Request
 from gemma3_jax.run.traced import activation_dtype, longer_metric, with_longer_functions
-from gemma3_jax.sites.table import HEAD_COPIES, site
+from gemma3_jax.sites.table import site
 from gemma3_jax.types import Params, PyTree
 
 _log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def in_bucket(
         return None
     tokens = np.asarray(request.source)
     mask = np.ones_like(tokens) if request.attention_mask is None else np.asarray(request.attention_mask)
-    if not (_edits_fit(request) and _reductions_fit(request)):
+    if some_depend_on_length(request.edits) or not _reductions_fit(request):
         return None
     extra = (0, 0), (0, bucket(tokens.shape[1]) - tokens.shape[1])
     # [1, p]
@@ -90,18 +90,14 @@ def in_bucket(
         return None
 
 
+def longest(params: Params, request: Request) -> tuple[Request, int]:
+    """The request at the length of its bucket, or as it is; and the number of columns that were added."""
+    found = in_bucket(params, request)
+    return (request, 0) if found is None else (found[0], found[0].source.shape[1] - request.source.shape[1])
+
+
 def _is_traced(tree: PyTree) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
-
-
-def _edits_fit(request: Request) -> bool:
-    """Whether no edit depends on the length."""
-    # With copies for each head, the inputs of q, k and v have another axis, which values may vary along.
-    copies = any(name.endswith(HEAD_COPIES) for name in request.edits)
-    inputs = any(name.endswith((".attn.q.hook_in", ".attn.k.hook_in", ".attn.v.hook_in")) for name in request.edits)
-    if copies and inputs:
-        return False
-    return not any(depends_on_length(edit, name) for name, edits in request.edits.items() for edit in edits)
 
 
 def _reductions_fit(request: Request) -> bool:

@@ -20,6 +20,7 @@ from gemma3_jax.hooks.reductions import At, Mean, Steps
 from gemma3_jax.hooks.tracing import Traced
 from gemma3_jax.run.request import Request
 from gemma3_jax.sites.table import site, token_axis
+from gemma3_jax.types import PyTree
 
 Result = TypeVar("Result")
 Shape = tuple[int, ...]
@@ -59,6 +60,13 @@ def cropped(result: tuple[Result, ActivationCache], request: Request, kept: int)
     del result
     cut: tuple[Result, ActivationCache] = jax.tree.unflatten(structure, _crop(leaves, shapes))
     return cut
+
+
+def shortened(tree: PyTree, axis: int, size: int) -> PyTree:
+    """The first `size` entries of every array along an axis."""
+    leaves, structure = jax.tree.flatten(tree)
+    shapes = [(*x.shape[:axis], size, *x.shape[axis + 1 :]) for x in leaves]
+    return jax.tree.unflatten(structure, _crop(leaves, shapes))
 
 
 def _captured_shape(name: str, shape: Shape, kept: int, p: int) -> Shape:

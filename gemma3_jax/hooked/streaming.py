@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from gemma3_jax.cache.activations import ActivationCache
+from gemma3_jax.hooked.buckets import bucket
 from gemma3_jax.hooked.protocol import Model
 from gemma3_jax.hooked.rows import rows_on_mesh, with_more_rows
 from gemma3_jax.hooked.tokenizer import Input, inputs
@@ -43,9 +44,9 @@ def activations(
     copies and the caller works. At most two batches of activations exist at a time, and a run stops after the last
     captured site. You can break out of the loop or interrupt it at any time; it holds no resources.
 
-    Each number of positions compiles at most once, and again for a batch with more rows than all before it. A batch
-    with fewer rows, such as the last one of a data set, is padded with copies of its last row; their results are
-    removed.
+    Batches run at one of a few lengths, as in `run_with_cache`. Each length compiles at most once, and again for a
+    batch with more rows than all before it of that length. A batch with fewer rows, such as the last one of a data set,
+    is padded with copies of its last row; their results are removed. Sort texts by length to compute little padding.
 
     Args:
         batches: inputs as in `run_with_cache`; a mapping may also have positions and documents.
@@ -83,7 +84,7 @@ def _started(
     model: Runnable, batches: Iterable[Input], names_filter: ReducedCapture
 ) -> Iterator[tuple[ActivationCache, int]]:
     """The activations of each batch, possibly not computed yet, and its number of rows without padding."""
-    most: dict[int, int] = {}  # most rows that ran, by number of positions
+    most: dict[int, int] = {}  # most rows that ran, by the length at which a batch runs
     checked: set[int] = set()
     for number, batch in enumerate(batches):
         try:
@@ -92,8 +93,9 @@ def _started(
             if p not in checked:
                 _check_rows(model, captures(model.config, names_filter, Extent(1, p)), p)
                 checked.add(p)
-            most[p] = max(rows_on_mesh(model.params, b), most.get(p, 0))
-            filled = with_more_rows(checked_batch, most[p] - b, masked=False)
+            length = bucket(p)
+            most[length] = max(rows_on_mesh(model.params, b), most.get(length, 0))
+            filled = with_more_rows(checked_batch, most[length] - b, masked=False)
             _, cache = model.run_with_cache(filled, names_filter, return_type=None)
         except Exception as error:
             error.add_note(f"in batch {number}, counted from 0")

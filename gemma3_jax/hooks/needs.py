@@ -16,7 +16,7 @@ Axes: b batch, p position, n indices.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import get_args
 
 import einops
@@ -32,7 +32,7 @@ from gemma3_jax.hooks.restrictions import Index, Only, as_index
 from gemma3_jax.hooks.tracing import Traced
 from gemma3_jax.inputs import as_array
 from gemma3_jax.positions import Extent
-from gemma3_jax.sites.table import site
+from gemma3_jax.sites.table import HEAD_COPIES, site
 
 
 def nested(edit: Edit) -> Iterator[Edit]:
@@ -154,6 +154,14 @@ def in_layout(edit: Edit, layout: str) -> Edit:
     if isinstance(edit, Only):
         return dataclasses.replace(edit, edit=in_layout(edit.edit, layout))
     return edit if getattr(edit, "depends_on_layout", False) else InLayout(edit, layout)
+
+
+def some_depend_on_length(edits: Mapping[str, Sequence[Edit]]) -> bool:
+    """Whether the values of some edits, by canonical name, may change with the number of masked columns: see below."""
+    # With copies for each head, the inputs of q, k and v have another axis, which values may vary along.
+    copies = any(name.endswith(HEAD_COPIES) for name in edits)
+    inputs = any(name.endswith((".attn.q.hook_in", ".attn.k.hook_in", ".attn.v.hook_in")) for name in edits)
+    return (copies and inputs) or any(depends_on_length(edit, name) for name, each in edits.items() for edit in each)
 
 
 def depends_on_length(edit: Edit, name: str) -> bool:

@@ -17,7 +17,7 @@ from tests.helpers.greedy_texts import BAR, CONFIG, LENGTHS, MASK, NEW, TOKENS, 
 from tests.helpers.lively_model import at_real_tokens, lively
 from tests.helpers.programs import programs
 from tests.helpers.random_models import random_tokens
-from tests.helpers.small_model import difference, direction
+from tests.helpers.small_model import difference, direction, identity
 
 
 @pytest.fixture(params=["by rows", "by turns"])
@@ -180,13 +180,16 @@ def compilations(function):
 
 
 def test_nearby_lengths_share_a_compilation():
-    """Prompts of 9 to 16 tokens, and 9 to 16 new ones; 17 are another program."""
+    """Prompts of 9 to 16 tokens, and 9 to 16 new ones, also with ready-made edits; 17 are another program."""
 
-    def write_one(p, new=16):
-        generate(CONFIG, parameters(), random_tokens((2, p)), new, stop_at_eos=False)
+    def write_one(p, new=16, placed=None):
+        generate(CONFIG, parameters(), random_tokens((2, p)), new, stop_at_eos=False, edits=placed)
 
-    write_one(9)
-    assert compilations(lambda: [write_one(p, n) for p, n in zip(range(10, 17), range(9, 16), strict=True)]) == 0
+    steering = {"blocks.0.hook_out": edits.only(edits.Add(direction()), positions=[1, 10])}
+    for placed in (None, steering):
+        write_one(11, placed=placed)
+        lengths = zip(range(11, 17), range(9, 15), strict=True)
+        assert compilations(lambda several=lengths, placed=placed: [write_one(*each, placed) for each in several]) == 0
     assert compilations(lambda: write_one(17)) == 2
 
 
@@ -198,12 +201,12 @@ def test_with_one_new_token_no_step_is_compiled():
 
 
 def test_bucketing_changes_nothing():
-    """Each length gives what it gives with edits, which are not bucketed."""
-    for p in (9, 17):
-        tokens = random_tokens((2, p))
+    """Each length gives what it gives with functions as edits, which are not bucketed; ready-made edits are."""
+    steering, tokens = edits.Add(direction()), random_tokens((2, 9))
+    for placed, function in ((None, identity), (steering, lambda value, hook: steering(value, hook))):
         ours, theirs = (
-            generate(CONFIG, parameters(), tokens, 16, stop_at_eos=False, edits=placed)
-            for placed in (None, {"blocks.0.hook_out": edits.Scale(1.0)})
+            generate(CONFIG, parameters(), tokens, 8, stop_at_eos=False, edits=each and {"blocks.0.hook_out": each})
+            for each in (placed, function)
         )
         np.testing.assert_array_equal(ours.tokens, theirs.tokens)
         assert difference(ours.log_probs, theirs.log_probs) < BAR

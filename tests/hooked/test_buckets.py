@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gemma3_jax import HookedGemma3, edits, forward, grad_at, reductions, stack_layers
 from gemma3_jax.hooked import buckets, cropping, cut
 from gemma3_jax.hooked.buckets import bucket
-from gemma3_jax.hooks import longer
+from gemma3_jax.hooks import longer, needs
 from gemma3_jax.inputs import Inputs
 from gemma3_jax.run.request import new_request
 from tests.helpers.programs import programs
@@ -247,7 +247,7 @@ def test_edits_of_copies_and_of_their_inputs_are_exact():
 )
 def test_an_edit_that_depends_on_the_length_would_be_wrong(name, edit, monkeypatch):
     """Negative control of the tests above, and the reason for the exceptions."""
-    monkeypatch.setattr(buckets, "depends_on_length", lambda edit, name: False)
+    monkeypatch.setattr(needs, "depends_on_length", lambda edit, name: False)
     assert not same(model().run_with_hooks(ids(13), [(name, edit)]), forward(*small(), ids(13), (), {name: edit})[0])
 
 

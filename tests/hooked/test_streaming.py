@@ -48,6 +48,17 @@ def test_batches_give_what_single_runs_give(capture):
     assert not same(*(list(leaves(cache).values())[-1] for cache in found[:2]))  # control: batches differ
 
 
+def test_batches_of_many_lengths_share_programs():
+    """Also where a longer batch has fewer rows than one before it."""
+    model, before = HookedGemma3(*small()), programs()
+    several = [ROWS[:b, :p] for b, p in ((3, 5), (2, 4), (1, 3), (3, 2))]
+    found = list(model.activations(several, RESID))
+    assert programs() - before <= 1
+    for cache, batch in zip(found, several, strict=True):
+        assert cache["resid_post", 1].shape[:2] == batch.shape
+        assert same(cache["resid_post", 1], model.run_with_cache(batch, RESID)[1]["resid_post", 1])
+
+
 def test_padding_of_texts_and_of_masks():
     """Texts of different lengths, and tokenizers' mappings, have the activations of `run_with_cache`."""
     model = HookedGemma3.from_pretrained(TINY, dtype="float32")

@@ -319,7 +319,10 @@ def test_programs_that_nobody_uses_are_dropped():
     """Three hundred different hooks leave the documented number of programs, and the oldest must compile again."""
 
     def shifted(i):
-        return model().run_with_hooks(TOKENS, [("embed.hook_in", lambda ids, hook: (ids + i) % 101)], stop_at_layer=0)
+        # An exponent is a constant of the program; a number that is added would be an input.
+        return model().run_with_hooks(
+            TOKENS, [("embed.hook_in", lambda ids, hook: ids ** (i + 1) % 101)], stop_at_layer=0
+        )
 
     first = shifted(0)
     for i in range(1, KEPT + 10):
