@@ -35,8 +35,6 @@ nitpick_ignore_regex = [("py:class", ".*")]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 
-smartquotes = False  # "--json" keeps its hyphens
-
 # Docstrings have names and code between single backticks.
 default_role = "literal"
 autodoc_default_options = {"members": True, "member-order": "bysource"}

@@ -1,5 +1,6 @@
 """Write the pages that are generated from tables in the code: `python docs/generate.py`."""
 
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -285,7 +286,7 @@ def _command(name: str, command: Any) -> str:
 
     {" ".join(["gemma3-jax", name, *usage, "[OPTIONS]"])}
 
-{command.help.strip()}
+{_with_options(command.help.strip())}
 
 | argument or option | default | |
 | --- | --- | --- |
@@ -300,7 +301,12 @@ def _parameter(parameter: Any) -> str:
     # The help text says what None means, and that the default path is that of the shipped model.
     unsaid = parameter.default is None or parameter.default is False or parameter.default in ("", str(TINY), TINY)
     given = "required" if parameter.required else "" if unsaid else f"`{parameter.default}`"
-    return f"| {names} | {given} | {parameter.help or ''} |"
+    return f"| {names} | {given} | {_with_options(parameter.help or '')} |"
+
+
+def _with_options(text: str) -> str:
+    """A help text with the options in it as code; a page shows two hyphens as a dash elsewhere."""
+    return re.sub(r"(?<!`)--[a-z][a-z-]*", r"`\g<0>`", text)
 
 
 def architecture_page() -> str:
