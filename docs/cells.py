@@ -48,7 +48,7 @@ def notebook(text: str, requirement: str) -> dict[str, Any]:
     """A page as a notebook, in Jupyter's format; its first cell installs the requirement."""
     parts = CELL.split(HEADER.sub("", text))
     # Links to other pages do not lead anywhere from a notebook.
-    texts = [re.sub(r"\[([^]]+)\]\((?!https?:)[^)]+\)", r"\1", part.strip()) for part in parts[::2]]
+    texts = [re.sub(r"!?\[([^]]+)\]\((?!https?:)[^)]+\)", r"\1", part.strip()) for part in parts[::2]]
     cells = [_code(f"%pip install --quiet {requirement}")]
     for prose, code in zip(texts, [*parts[1::2], ""], strict=True):
         cells += [{"cell_type": "markdown", "metadata": {}, "source": prose}] if prose else []

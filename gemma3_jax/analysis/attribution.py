@@ -50,8 +50,12 @@ def attribution_patching(
     This is `(clean - corrupted) . gradient`, summed over the axes that are not in `by`, with the gradient of the
     corrupted run. It estimates `activation_patching(...)` minus the metric of the corrupted run, with the same
     arguments and shape. It costs about four forward passes, while patching costs one for each place. The estimate is
-    exact where the metric is linear in the activation, and poor where a softmax or a norm saturates. Check important
-    values with `activation_patching`.
+    exact where the metric is linear in the activation, and poor where a softmax or a norm saturates.
+
+    Warning: on the residual stream of a token that differs between the runs, even the sign can be wrong. On the 270m,
+    at the second subject of an indirect object prompt, it is wrong in layers 0 to 13; over layers and positions the
+    correlation with patching is 0.08 to 0.23, and on the outputs of heads 0.96 to 0.98. Check important values with
+    `activation_patching`.
 
     Source: Nanda 2023, "Attribution patching"; Syed et al. 2023 (arXiv 2310.10348).
 

@@ -38,7 +38,7 @@ def test_other_examples_run(code, tmp_path, monkeypatch):
     exec(code, {})
 
 
-@pytest.mark.parametrize("page", ["sites", "conversion", "migration"])
+@pytest.mark.parametrize("page", ["sites", "conversion", "migration", "command"])
 def test_generated_pages_are_current(page):
     """`python docs/generate.py` would change nothing."""
     generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))

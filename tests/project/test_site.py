@@ -7,6 +7,8 @@ import functools
 import html.parser
 import importlib
 import inspect
+import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -121,3 +123,23 @@ def test_a_broken_page_fails(text, named, tmp_path):
     done = sphinx(tmp_path, tmp_path / "site", "--keep-going")
     assert done.returncode != 0
     assert all(word in done.stderr for word in named), done.stderr
+
+
+def test_pages_with_cells_become_notebooks(tmp_path):
+    """The first cell of each installs the library, and the second of the first page draws; all are Python."""
+    cells = runpy.run_path(str(ROOT / "docs" / "cells.py"))
+    cells["write_notebooks"](tmp_path, "the-library")
+    assert {file.stem for file in tmp_path.iterdir()} == {page.stem for page in cells["pages"]()} >= {"start", "ioi"}
+    for file in tmp_path.iterdir():
+        written = json.loads(file.read_text())["cells"]
+        install, *code = ("".join(cell["source"]) for cell in written if cell["cell_type"] == "code")
+        assert install == "%pip install --quiet the-library"
+        assert len(code) == len(cells["CELL"].findall(next(ROOT.glob(f"docs/**/{file.stem}.md")).read_text()))
+        for source in code:
+            compile(source, file.name, "exec")
+        assert not any(
+            "](" in cell["source"].replace("](https:", "") for cell in written if cell["cell_type"] != "code"
+        )
+    start = json.loads((tmp_path / "start.ipynb").read_text())["cells"]
+    second = [cell["source"] for cell in start if cell["cell_type"] == "code"][1]
+    assert cells["run_cell"](second, {})[1].title == "Attention patterns"
