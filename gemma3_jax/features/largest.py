@@ -14,7 +14,7 @@ from gemma3_jax.compute.matmul import matmul
 from gemma3_jax.features.activations import Activation
 from gemma3_jax.meshes import MODEL, auto_mesh, part
 
-CHUNK = 8192
+CHUNK = 16384
 
 Best = tuple[jax.Array, jax.Array]
 

@@ -131,6 +131,23 @@ def test_a_cross_layer_transcoder(on_device, tmp_path):
     assert abs(clt(LAYERED_X[::-1]) - expected).max() > 0.1  # control
 
 
+def test_what_dictionaries_say_of_themselves(tmp_path):
+    """At the prompt: their sizes and sites, and no numbers; also without arrays, as inside `jit`."""
+    write(tmp_path / "transcoder" / "layer_5_width_16k_l0_big", params())
+    write_layers(tmp_path / "clt" / "width_262k_l0_big")
+    transcoder, clt = (
+        features.load(tmp_path, path) for path in ("transcoder/layer_5_width_16k_l0_big", "clt/width_262k_l0_big")
+    )
+    lines = repr(transcoder).splitlines()
+    assert lines[0] == "Transcoder: 40 features, JumpRelu"
+    assert lines[1].split() == ["reads", "blocks.5.ln2.hook_out", "8"]
+    assert lines[2].split() == ["writes", "blocks.5.ln2_post.hook_out", "8"]
+    assert repr(clt).splitlines()[0] == "CrossLayerTranscoder: 3 layers of 40 features, JumpRelu"
+    assert "blocks.0.ln2_post.hook_out to blocks.2.ln2_post.hook_out" in repr(clt)
+    shapes = jax.eval_shape(lambda: transcoder)
+    assert repr(shapes) == repr(transcoder)
+
+
 def test_a_cross_layer_transcoder_that_writes_backwards_warns(tmp_path):
     """Its parts for earlier layers are left out."""
     layers = write_layers(tmp_path / "clt" / "width_262k_l0_big", causal=False)

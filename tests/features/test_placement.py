@@ -189,3 +189,22 @@ def test_only_the_files_of_a_dictionary_are_downloaded(tmp_path, monkeypatch):
     np.testing.assert_array_equal(one.W_enc, load_file(hub / "plt" / "layer_1.safetensors")["W_enc"].T)
     with pytest.raises(CheckpointError, match=re.escape("has no folder nothing")):
         features.load("org/plt", "nothing")
+
+
+def test_the_largest_features_take_the_memory_of_a_chunk():
+    """Not that of all features of every token. Control: all features do."""
+    d, f, tokens = 8, 2**18, 256
+    of = jax.ShapeDtypeStruct
+    sae = features.SparseAutoencoder(
+        W_enc=of((d, f), jnp.float32),
+        b_enc=of((f,), jnp.float32),
+        W_dec=of((f, d), jnp.float32),
+        b_dec=of((d,), jnp.float32),
+        activation=features.JumpRelu(of((f,), jnp.float32)),
+        site_in="blocks.0.hook_out",
+    )
+    x = of((tokens, d), jnp.float32)
+    chunk = 4 * largest.CHUNK * (tokens + d)
+    memory = _encode_topk.lower(sae, x, 16).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 3 * chunk < 4 * f * tokens / 4
+    assert _encode.lower(sae, x).compile().memory_analysis().output_size_in_bytes >= 4 * f * tokens
