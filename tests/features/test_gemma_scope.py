@@ -95,6 +95,16 @@ def test_a_path_says_the_site_where_there_is_no_config(path, site_in, site_out, 
     assert (loaded.site_in, loaded.site_out) == (site_in, site_out)
 
 
+@pytest.mark.parametrize("config", [{"hf_hook_point_out": None}, {"type": "sae"}, {}])
+def test_an_autoencoder_without_an_output(config, tmp_path):
+    """It is at its input; a transcoder's is not, and is asked for."""
+    write(tmp_path, params(), {"hf_hook_point_in": "model.layers.5.output", **config})
+    assert isinstance(features.load(tmp_path), features.SparseAutoencoder)
+    write(tmp_path, params(), {"hf_hook_point_in": MLP_IN})
+    with pytest.raises(CheckpointError, match="give site_out= to load"):
+        features.load(tmp_path)
+
+
 def test_sites_that_nobody_says_are_refused(tmp_path):
     """With the remedy, which works."""
     write(tmp_path, params())

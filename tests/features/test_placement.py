@@ -1,5 +1,6 @@
 """Dictionaries on a mesh, in little memory, and from the hub."""
 
+import dataclasses
 import fnmatch
 import json
 import re
@@ -74,6 +75,18 @@ def test_chunks_of_any_size(chunk, folder, monkeypatch):
     found = sae.encode_topk(X, 20)
     np.testing.assert_allclose(found[0], values, atol=1e-5)
     np.testing.assert_array_equal(found[1], indices)
+    jax.clear_caches()
+
+
+def test_groups_are_not_cut_by_chunks(folder, monkeypatch):
+    """Of 16 neighbours the largest is active, whatever the size of a chunk and on a mesh that would cut them."""
+    sae = dataclasses.replace(features.load(folder), activation=features.GroupMax(16))
+    assert ((np.asarray(sae.encode(X)).reshape(2, 3, 4, 16) > 0).sum(-1) <= 1).all()
+    wanted = jax.lax.top_k(sae.encode(X), 5)
+    monkeypatch.setattr(largest, "CHUNK", 20)
+    jax.clear_caches()
+    for each in (sae, jax.device_put(sae, features.shardings(sae, mesh_of(8)))):
+        np.testing.assert_allclose(each.encode_topk(X, 5)[0], wanted[0], atol=1e-5)
     jax.clear_caches()
 
 
