@@ -1,6 +1,6 @@
 """Sparse autoencoders, transcoders, cross-layer transcoders and crosscoders, at the sites that they were trained on."""
 
-from gemma3_jax.features.activations import Gated, JumpRelu, Relu, TopK
+from gemma3_jax.features.activations import Gated, GroupMax, JumpRelu, Relu, TopK
 from gemma3_jax.features.dictionaries import SparseAutoencoder, Transcoder
 from gemma3_jax.features.layered import Crosscoder, CrossLayerTranscoder
 from gemma3_jax.features.loading import load
@@ -12,6 +12,7 @@ __all__ = [
     "CrossLayerTranscoder",
     "Crosscoder",
     "Gated",
+    "GroupMax",
     "JumpRelu",
     "LayerNorm",
     "Relu",

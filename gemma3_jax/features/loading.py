@@ -26,7 +26,7 @@ _SUFFIXES = (".safetensors", ".pt")
 
 def load(
     source: str | os.PathLike[str],
-    path: str | None = None,
+    path: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     *,
     site_in: SiteNames | None = None,
@@ -56,7 +56,7 @@ def load(
         CheckpointError: there are no such files, or they are damaged; the format is unknown; or the files do not say
             at which site the dictionary was trained, or name one although the dictionary has the size of another.
     """
-    folder = _located(source, path, revision, site_in, site_out)
+    folder = _located(source, None if path is None else os.fspath(path).strip("/"), revision, site_in, site_out)
     for reader in _FORMATS.values():
         if reader.is_here(folder):
             found = reader.read(folder)

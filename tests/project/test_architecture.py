@@ -72,7 +72,7 @@ ROOMS = {
     ),
     "features": (
         "sparse autoencoders, transcoders, CLTs and crosscoders, in the formats of other tools",
-        "messages reading config types processes meshes compute sites conversion",
+        "messages reading descriptions config types processes meshes compute sites conversion",
     ),
     "harvest": (
         "from a corpus to numbered units to a store of activations, and back",
