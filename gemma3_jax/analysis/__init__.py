@@ -8,12 +8,14 @@ from gemma3_jax.analysis.heads import detect_heads, detection_pattern
 from gemma3_jax.analysis.lens import LogitLens, direct_logit_attribution, lens_table, logit_lens, readout
 from gemma3_jax.analysis.patching import activation_patching
 from gemma3_jax.analysis.paths import path_patching
+from gemma3_jax.analysis.probes import Probes, probe
 from gemma3_jax.analysis.prompts import PromptResult, loss_per_token, test_prompt
 from gemma3_jax.analysis.sweeps import sweep
 
 __all__ = [
     "FactoredMatrix",
     "LogitLens",
+    "Probes",
     "PromptResult",
     "activation_patching",
     "all_composition_scores",
@@ -31,6 +33,7 @@ __all__ = [
     "loss_per_token",
     "ov_circuit",
     "path_patching",
+    "probe",
     "qk_circuit",
     "readout",
     "sweep",

@@ -29,7 +29,12 @@ _NAMES = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
 
 def unit_file(out: Path, number: int) -> Path:
     """The file of a unit."""
-    return out / UNITS / f"{number // _A_FOLDER:03d}" / f"{number:06d}.safetensors"
+    return Path(_unit_name(str(out), number))
+
+
+def _unit_name(out: str, number: int) -> str:
+    """As a text, which takes a fraction of the time of a path: there may be a million."""
+    return f"{out}/{UNITS}/{number // _A_FOLDER:03d}/{number:06d}.safetensors"
 
 
 def present(out: Path, units: int) -> np.ndarray:
@@ -110,6 +115,23 @@ def read_unit(file: Path) -> UnitFile:
         raise StoreError(f"{file} cannot be read: {error.strerror}") from error
 
 
+def _has_its_length(file: str) -> bool:
+    """Whether a file ends where its header says; a fraction of the time of `read_unit`, for a million units."""
+    try:
+        opened = os.open(file, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        start, size = os.pread(opened, 2**12, 0), os.fstat(opened).st_size
+        length = int.from_bytes(start[:8], "little")
+        header = start[8 : 8 + length] if 8 + length <= len(start) else os.pread(opened, min(length, size), 8)
+    finally:
+        os.close(opened)
+    # The last entry is that of the last array: ..."data_offsets":[12,34]}}
+    end = header.rstrip()[header.rfind(b",") + 1 :].removesuffix(b"]}}")
+    return end.isdigit() and size == 8 + length + int(end)
+
+
 def check_unit(file: Path) -> None:
     """Read a whole unit and compare its checksum.
 
@@ -131,8 +153,10 @@ def check_unit(file: Path) -> None:
 
 def damaged(out: Path, numbers: Iterator[int], *, whole: bool) -> dict[int, str]:
     """What is wrong with some units, by number; with `whole`, all of their content is read."""
-    found = {}
+    found, folder = {}, str(out)
     for number in numbers:
+        if not whole and _has_its_length(_unit_name(folder, number)):
+            continue
         try:
             (check_unit if whole else read_unit)(unit_file(out, number))
         except StoreError as error:

@@ -164,8 +164,9 @@ def _prepared(
 def _planned(model: HookedGemma3, corpus: Corpus, layout: Layout, progress: bool | None) -> Plan:
     with _bar(progress, total=len(corpus), desc="reading", unit=" documents", leave=False) as bar:
         plan = make_plan(model, corpus, layout, lambda done: bar.update(done - bar.n))
-    padding = 1 - plan.tokens / (plan.units * layout.rows * layout.length)
-    if layout.pack and plan.units > 1 and padding > _PADDING:
+    # The last unit is what is left of the corpus.
+    padding = 1 - int(plan.bounds[-2, 2]) / max(1, (plan.units - 1) * layout.rows * layout.length)
+    if layout.pack is True and plan.units > 1 and padding > _PADDING:
         _log.warning(
             "%.0f%% of the tokens are padding, because documents fit rows of %d tokens badly; try a larger length, or "
             "pack='cut'",
