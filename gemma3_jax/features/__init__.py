@@ -1,16 +1,24 @@
 """Sparse autoencoders, transcoders, cross-layer transcoders and crosscoders, at the sites that they were trained on."""
 
 from gemma3_jax.features.activations import Gated, JumpRelu, Relu, TopK
+from gemma3_jax.features.checking import check
 from gemma3_jax.features.dictionaries import SparseAutoencoder, Transcoder
+from gemma3_jax.features.encoding import Encode
 from gemma3_jax.features.layered import Crosscoder, CrossLayerTranscoder
 from gemma3_jax.features.loading import load
 from gemma3_jax.features.normalizations import LayerNorm, UnitNorm
 from gemma3_jax.features.placement import shardings
 from gemma3_jax.features.saving import save
+from gemma3_jax.features.splicing import splice, steer
+
+# A method of every kind, in a file that needs those of the kinds.
+for _kind in (SparseAutoencoder, Transcoder, CrossLayerTranscoder, Crosscoder):
+    _kind.check = check
 
 __all__ = [
     "CrossLayerTranscoder",
     "Crosscoder",
+    "Encode",
     "Gated",
     "JumpRelu",
     "LayerNorm",
@@ -22,4 +30,6 @@ __all__ = [
     "load",
     "save",
     "shardings",
+    "splice",
+    "steer",
 ]

@@ -11,6 +11,7 @@ from gemma3_jax.conversion.hub import locate
 from gemma3_jax.features.formats import circuit_tracer, dictionary_learning, gemma_scope, saelens, sparsify
 from gemma3_jax.features.formats.folder import Folder, SiteNames
 from gemma3_jax.features.placement import place
+from gemma3_jax.features.unchecked import mark
 from gemma3_jax.reading import CheckpointError, check_file
 
 _FORMATS: dict[str, ModuleType] = {
@@ -49,7 +50,8 @@ def load(
 
     Returns:
         A `SparseAutoencoder`, `Transcoder`, `CrossLayerTranscoder` or `Crosscoder`, with the dtypes of the file; or a
-        list of transcoders, of a folder with those of several layers (circuit-tracer's `layer_{i}.safetensors`).
+        list of transcoders, of a folder with those of several layers (circuit-tracer's `layer_{i}.safetensors`). A
+        log message at the first use in a model says so if `check` has not been called.
 
     Raises:
         CheckpointError: there are no such files, or they are damaged; the format is unknown; or the files do not say
@@ -59,9 +61,10 @@ def load(
     for reader in _FORMATS.values():
         if reader.is_here(folder):
             found = reader.read(folder)
-            if isinstance(found, list):
-                return [place(one, mesh, folder.path) for one in found]
-            return place(found, mesh, folder.path)
+            placed = [place(one, mesh, folder.path) for one in (found if isinstance(found, list) else [found])]
+            for one in placed:
+                mark(one, True)
+            return placed if isinstance(found, list) else placed[0]
     offered = ", ".join(sorted(file.name for file in folder.path.iterdir())[:10]) or "nothing"
     raise CheckpointError(
         f"{folder.path} has no dictionary of a known format ({', '.join(_FORMATS)}); it has {offered}; give the folder "

@@ -27,7 +27,7 @@ import numpy as np
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.hooks import restrictions
 from gemma3_jax.hooks.edits import FromRow, OfValues, ReadyMade
-from gemma3_jax.hooks.interception import Edit, Hook, InLayout, Phase
+from gemma3_jax.hooks.interception import Edit, Hook, InLayout, Phase, Reading
 from gemma3_jax.hooks.restrictions import Index, Only, as_index
 from gemma3_jax.hooks.tracing import Traced
 from gemma3_jax.inputs import as_array
@@ -38,7 +38,7 @@ from gemma3_jax.sites.table import site
 def nested(edit: Edit) -> Iterator[Edit]:
     """The edit, the one that it restricts or rearranges, and so on to the innermost."""
     yield edit
-    while isinstance(edit, Only | InLayout):
+    while isinstance(edit, Only | InLayout | Reading):
         edit = edit.edit
         yield edit
 
@@ -132,7 +132,7 @@ def with_functions(edit: Edit, value: jax.ShapeDtypeStruct, hook: Hook, trace: C
 
     `value` and `hook` have the shapes of the edit's arguments.
     """
-    if type(edit) is Only:
+    if type(edit) is Only or isinstance(edit, Reading):
         return dataclasses.replace(edit, edit=with_functions(edit.edit, value, hook, trace))
     if isinstance(edit, InLayout):
         rearranged = jax.eval_shape(lambda x: einops.rearrange(x, edit.layout), value)
@@ -163,7 +163,7 @@ def depends_on_length(edit: Edit, name: str) -> bool:
         name: canonical name.
     """
     axes = site(name).axes.split()
-    ready = all(isinstance(each, Only | InLayout) or _is_ready(each) for each in nested(edit))
+    ready = all(isinstance(each, Only | InLayout | Reading) or _is_ready(each) for each in nested(edit))
     return not ready or {"p", "k"} <= set(axes) or _any_says("depends_on_length", edit, axes)
 
 

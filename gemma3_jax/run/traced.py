@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from gemma3_jax.hooks.interception import Edit, Hook, at_least_float32, call_edit
-from gemma3_jax.hooks.needs import phases, with_functions
+from gemma3_jax.hooks.interception import Edit, Hook, Reading, at_least_float32, call_edit
+from gemma3_jax.hooks.needs import nested, phases, with_functions
 from gemma3_jax.hooks.reductions import Steps, is_ready
 from gemma3_jax.hooks.tracing import Traced, traced
 from gemma3_jax.run.request import Request
@@ -39,7 +39,12 @@ def with_traced_functions(request: Request, dtype: DTypeLike, keys: int | None =
         value = _value(request, name, dtype, keys)
         value = jax.ShapeDtypeStruct(value.shape, at_least_float32(value.dtype))
         trace = functools.partial(traced, where=f"the edit at {name}", call=call_edit, moment=moment)
-        return with_functions(edit, value, _hook(request, name, keys), trace)
+        hook = _hook(request, name, keys)
+        read = [other for each in nested(edit) if isinstance(each, Reading) for other in each.sites]
+        if read:
+            shapes: Any = {other: _value(request, other, dtype, keys) for other in read}
+            hook = dataclasses.replace(hook, read=shapes)
+        return with_functions(edit, value, hook, trace)
 
     def trace_reduction(name: str, steps: Steps | Traced | None) -> Steps | Traced | None:
         if steps is None or is_ready(steps):
