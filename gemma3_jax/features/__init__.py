@@ -1,6 +1,7 @@
 """Sparse autoencoders, transcoders, cross-layer transcoders and crosscoders, at the sites that they were trained on."""
 
 from gemma3_jax.features.activations import Gated, JumpRelu, Relu, TopK
+from gemma3_jax.features.attribution import feature_attribution
 from gemma3_jax.features.checking import check
 from gemma3_jax.features.dictionaries import SparseAutoencoder, Transcoder
 from gemma3_jax.features.encoding import Encode
@@ -27,6 +28,7 @@ __all__ = [
     "TopK",
     "Transcoder",
     "UnitNorm",
+    "feature_attribution",
     "load",
     "save",
     "shardings",
