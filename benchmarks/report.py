@@ -21,6 +21,7 @@ TITLES = {
     "attention": "Attention of one layer",
     "decode": "Generation",
     "embedding": "Embeddings of texts",
+    "features": "Features of a sparse autoencoder",
     "conversion": "Conversion",
     "compile_time": "Compile time",
     "first_result": "First result of a process",

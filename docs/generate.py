@@ -292,6 +292,7 @@ above it in this table. `conversion`, at the top level, has the public names of 
 | an edit | a class in `hooks/edits.py`; its test |
 | an analysis | a file in `analysis/`, and its name in `analysis/__init__.py` |
 | an attention kernel | `compute/attention.py`, where `attend` chooses; a benchmark that justifies it |
+| a dictionary format | a module in `features/formats/`; `features/loading.py` chooses; fixtures of its library |
 | a checkpoint format | a function in `conversion/` that returns `Tensors`; `conversion/checkpoint.py` chooses |
 """
 

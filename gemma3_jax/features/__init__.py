@@ -1,6 +1,6 @@
 """Sparse autoencoders, transcoders, cross-layer transcoders and crosscoders, at the sites that they were trained on."""
 
-from gemma3_jax.features.activations import Gated, JumpRelu, Relu, TopK
+from gemma3_jax.features.activations import Gated, GroupMax, JumpRelu, Relu, TopK
 from gemma3_jax.features.attribution import feature_attribution
 from gemma3_jax.features.checking import check
 from gemma3_jax.features.dictionaries import SparseAutoencoder, Transcoder
@@ -21,6 +21,7 @@ __all__ = [
     "Crosscoder",
     "Encode",
     "Gated",
+    "GroupMax",
     "JumpRelu",
     "LayerNorm",
     "Relu",

@@ -1,8 +1,8 @@
 """Activations of dictionaries: from the encoder's products z to the features f, in float32.
 
 Each is a pytree and a callable. `threshold`, `r_mag`, `b_gate` and `b_mag` are arrays, so other values do not compile
-anything. An activation may keep only the `limit` largest features of a token, in `TopK`; all others work feature by
-feature, and `part` cuts them to some features.
+anything. `each` computes some features without the others: groups of them, in `GroupMax`. Of its results, `TopK` keeps
+the `limit` largest.
 
 Axes: f features; `...` tokens.
 """
@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Activation", "Gated", "JumpRelu", "Relu", "TopK"]
+__all__ = ["Activation", "Gated", "GroupMax", "JumpRelu", "Relu", "TopK"]
 
 
 @flax.struct.dataclass
@@ -117,4 +117,36 @@ class TopK:
         return self.k
 
 
-Activation = Relu | JumpRelu | Gated | TopK
+@flax.struct.dataclass
+class GroupMax:
+    """The largest z of each group of `group` neighbouring features, if it is positive, and 0 elsewhere.
+
+    Of equal values the first is kept.
+
+    >>> GroupMax(2)(jnp.asarray([3.0, 4.0, -2.0, -1.0])).tolist()
+    [0.0, 4.0, 0.0, 0.0]
+    """
+
+    group: int = flax.struct.field(pytree_node=False)
+
+    def each(self, z: jax.Array) -> jax.Array:
+        """[..., f] float32, group by group."""
+        # [..., f] -> [..., f / group, group]
+        groups = jax.nn.relu(z).reshape(*z.shape[:-1], -1, self.group)
+        kept = jax.nn.one_hot(jnp.argmax(groups, axis=-1), self.group, dtype=bool)
+        return jnp.where(kept, groups, 0.0).reshape(z.shape)
+
+    __call__ = each
+
+    @property
+    def limit(self) -> int | None:
+        """None: each group has an active feature."""
+        return None
+
+
+def group_of(activation: "Activation") -> int:
+    """The number of neighbouring features that are computed together."""
+    return activation.group if isinstance(activation, GroupMax) else 1
+
+
+Activation = GroupMax | Relu | JumpRelu | Gated | TopK

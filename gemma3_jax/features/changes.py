@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from gemma3_jax.features.activations import group_of
 from gemma3_jax.features.parts import Feature, Part, reader_of, restricted_to, written
 from gemma3_jax.features.placement import Dictionary
 from gemma3_jax.inputs import as_array
@@ -37,7 +38,8 @@ class Changes:
 
     def of(self, part: Part) -> "Changes":
         """These changes in a part."""
-        whole = None if part.activation.limit is None else part
+        together = part.activation.limit is not None or group_of(part.activation) > 1
+        whole = part if together else None
         return dataclasses.replace(self, part=restricted_to(part, self.indices), whole=whole)
 
     def __call__(self, x: jax.Array) -> jax.Array:

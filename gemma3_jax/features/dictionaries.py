@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from gemma3_jax.compute.matmul import matmul
+from gemma3_jax.descriptions import Described, Description
 from gemma3_jax.features.activations import Activation
 from gemma3_jax.features.largest import largest
 from gemma3_jax.features.normalizations import Normalization
@@ -24,8 +25,8 @@ from gemma3_jax.meshes import set_mesh_of
 from gemma3_jax.types import PyTree
 
 
-@flax.struct.dataclass(kw_only=True)
-class _Dictionary:
+@flax.struct.dataclass(kw_only=True, repr=False)
+class _Dictionary(Described):
     """What both kinds have.
 
     Attributes:
@@ -106,6 +107,21 @@ class _Dictionary:
         """The output for an input: `decode(encode(x), x)`."""
         return self._shaped(_reconstruct(self, self.flat(x)), jnp.shape(x))
 
+    def _description(self) -> Description:
+        reads, writes = ((name, f"{d:,}") for name, d in zip(self._sites, self._sizes, strict=True))
+        title = f"{type(self).__name__}: {self.width:,} features, {type(self.activation).__name__}"
+        return Description(title, (("reads", *reads), ("writes", *writes)))
+
+    @property
+    def _sites(self) -> tuple[str, str]:
+        """The names of the sites that are read and written."""
+        return self.site_in, self.site_in
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        """The numbers of features of these sites."""
+        return self.W_enc.shape[0], self.W_dec.shape[-1]
+
     def flat(self, x: ArrayLike) -> jax.Array:
         """[..., d], of that or of [..., h, e]."""
         x, d = jnp.asarray(x), self.W_enc.shape[0]
@@ -127,7 +143,7 @@ class _Dictionary:
         raise NotImplementedError
 
 
-@flax.struct.dataclass(kw_only=True)
+@flax.struct.dataclass(kw_only=True, repr=False)
 class SparseAutoencoder(_Dictionary):
     """Reconstructs the value of a site from sparse features.
 
@@ -144,6 +160,10 @@ class SparseAutoencoder(_Dictionary):
     >>> values, indices = sae.encode_topk(x, k=2)
     >>> values.tolist(), indices.tolist(), sae(x).tolist()
     ([5.0, 2.0], [2, 1], [0.0, 2.0, 5.0])
+    >>> sae
+    SparseAutoencoder: 3 features, Relu
+      reads   blocks.0.hook_out  3
+      writes  blocks.0.hook_out  3
     """
 
     @property
@@ -163,7 +183,7 @@ class SparseAutoencoder(_Dictionary):
         return y if self.normalization is None else self.normalization.undone(y, x)
 
 
-@flax.struct.dataclass(kw_only=True)
+@flax.struct.dataclass(kw_only=True, repr=False)
 class Transcoder(_Dictionary):
     """Predicts the value of one site from that of another, such as the output of an MLP from its input.
 
@@ -192,6 +212,10 @@ class Transcoder(_Dictionary):
 
     site_out: str = flax.struct.field(pytree_node=False)
     skip: jax.Array | None = None
+
+    @property
+    def _sites(self) -> tuple[str, str]:
+        return self.site_in, self.site_out
 
     def _finished(self, y: jax.Array, x: jax.Array) -> jax.Array:
         # [..., d] x [d, d] -> [..., d]

@@ -4,6 +4,7 @@ Only names that have one meaning are resolved. Where one has had several, the er
 caller chooses one with `site_in=` and `site_out=`.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import NoReturn
@@ -11,7 +12,7 @@ from typing import NoReturn
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.reading import CheckpointError
 from gemma3_jax.sites.names import UnknownSite, block, layer_of, resolve
-from gemma3_jax.sites.table import site
+from gemma3_jax.sites.table import axis_size, site
 
 # Names are looked up in the deepest published model, so a name that it does not have is not one of Gemma 3's.
 _DEEPEST = Gemma3Config.preset("27b")
@@ -104,3 +105,32 @@ def transformer_lens_name(name: str) -> str:
     """
     legacy = (site(name).legacy or name).replace("{i}", str(layer_of(name)))
     return name if legacy.split(".")[-1] in _AMBIGUOUS else legacy
+
+
+def check_size(name: str, d: int, model_name: object, where: object, argument: str) -> None:
+    """Refuse a site if its size in a published model is not that of the dictionary, but that of another site is.
+
+    Raises:
+        CheckpointError: so it is: the config names another tensor than the dictionary was trained on.
+
+    >>> check_size("blocks.9.attn.o.hook_in", 1024, "google/gemma-3-270m", "config.json", "site_in")
+    """
+    published = re.search(r"gemma-(?:3|scope-2)-(270m|1b|4b|12b|27b)\b", str(model_name))
+    if published is None:
+        return
+    config = Gemma3Config.preset(published[1])
+    others = [other for part in _PUBLISHED if _features(other := block(layer_of(name) or 0, part), config) == d]
+    if others and (size := _features(name, config)) != d:
+        raise CheckpointError(
+            f"{where}: {name} has {size} features in {published[0]}, and the dictionary has {d}, as have "
+            f"{' and '.join(others)}; give {argument}= to load"
+        )
+
+
+# The sites of published dictionaries.
+_PUBLISHED = ("attn.o.hook_in", "hook_out", "ln2.hook_out", "ln2_post.hook_out")
+
+
+def _features(name: str, config: Gemma3Config) -> int:
+    """The number of features of a site, those of all heads together."""
+    return math.prod(axis_size(letter, config, 1, 1) for letter in site(name).axes.split() if letter not in "bp")

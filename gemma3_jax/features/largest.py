@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from gemma3_jax.compute.matmul import matmul
-from gemma3_jax.features.activations import Activation
+from gemma3_jax.features.activations import Activation, group_of
 from gemma3_jax.meshes import MODEL, auto_mesh, part
 
-CHUNK = 8192
+CHUNK = 16384
 
 Best = tuple[jax.Array, jax.Array]
 
@@ -33,7 +33,7 @@ def largest(x: jax.Array, W_enc: jax.Array, b_enc: jax.Array, activation: Activa
     """
     f, mesh = W_enc.shape[-1], auto_mesh()
     n = part("f", f, mesh)
-    if mesh is None or n == f:
+    if mesh is None or n == f or n % group_of(activation):
         values, indices = _of_part(x, W_enc, b_enc, activation, k)
     else:
         # m x [..., k] -> [..., m, k] -> [..., k]
@@ -63,7 +63,8 @@ def _of_devices(
 
 def _of_part(x: jax.Array, W_enc: jax.Array, b_enc: jax.Array, activation: Activation, k: int) -> Best:
     """The k largest features, of those on this device."""
-    f, c = W_enc.shape[-1], CHUNK
+    f, group = W_enc.shape[-1], group_of(activation)
+    c = max(CHUNK // group, 1) * group
     if f <= c:
         return _of_chunk(x, W_enc, b_enc, activation, k)
 

@@ -22,6 +22,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from gemma3_jax.compute.matmul import matmul
+from gemma3_jax.descriptions import Described, Description
 from gemma3_jax.features.activations import Activation
 from gemma3_jax.features.dictionaries import check_k, on_mesh_of
 from gemma3_jax.features.largest import largest
@@ -34,8 +35,8 @@ Layers = tuple[jax.Array, ...]
 Inputs = Mapping[str, ArrayLike] | Sequence[ArrayLike] | ArrayLike
 
 
-@flax.struct.dataclass(kw_only=True)
-class _Layered:
+@flax.struct.dataclass(kw_only=True, repr=False)
+class _Layered(Described):
     """What both kinds have; attributes as in `CrossLayerTranscoder`."""
 
     W_enc: tuple[jax.Array, ...]
@@ -104,6 +105,19 @@ class _Layered:
         x = self._inputs(x)
         return self.decode(self.encode(x), x)
 
+    def _description(self) -> Description:
+        layers = len(self.W_enc)
+        title = (
+            f"{type(self).__name__}: {layers} layers of {self.width:,} features, {type(self.activation[0]).__name__}"
+        )
+        ends = (("reads", self.site_in, self.W_enc[0].shape[0]), ("writes", self._written, self.W_dec[0].shape[-1]))
+        return Description(title, tuple((verb, f"{names[0]} to {names[-1]}", f"{d:,}") for verb, names, d in ends))
+
+    @property
+    def _written(self) -> tuple[str, ...]:
+        """The names of the sites that are written."""
+        return self.site_in
+
     def _inputs(self, x: Inputs) -> Layers:
         """The values of the layers, each [..., d]."""
         values: Any = [x[name] for name in self.site_in] if isinstance(x, Mapping) else x
@@ -121,7 +135,7 @@ class _Layered:
         return 0.0
 
 
-@flax.struct.dataclass(kw_only=True)
+@flax.struct.dataclass(kw_only=True, repr=False)
 class CrossLayerTranscoder(_Layered):
     """Predicts the output of every MLP from the inputs of its own layer and of those before it.
 
@@ -140,11 +154,15 @@ class CrossLayerTranscoder(_Layered):
     site_out: tuple[str, ...] = flax.struct.field(pytree_node=False)
     skip: tuple[jax.Array, ...] | None = None
 
+    @property
+    def _written(self) -> tuple[str, ...]:
+        return self.site_out
+
     def _skipped(self, x: Layers) -> jax.Array | float:
         return 0.0 if self.skip is None else _products(x, self.skip)
 
 
-@flax.struct.dataclass(kw_only=True)
+@flax.struct.dataclass(kw_only=True, repr=False)
 class Crosscoder(_Layered):
     """Reconstructs several layers of one kind of site at once. Each feature reads one layer, and may write to all.
 

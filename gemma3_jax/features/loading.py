@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from gemma3_jax.conversion.hub import locate
 from gemma3_jax.features.formats import circuit_tracer, dictionary_learning, gemma_scope, saelens, sparsify
 from gemma3_jax.features.formats.folder import Folder, SiteNames
-from gemma3_jax.features.placement import place
+from gemma3_jax.features.hookpoints import check_size
+from gemma3_jax.features.placement import Dictionary, place
 from gemma3_jax.features.unchecked import mark
 from gemma3_jax.reading import CheckpointError, check_file
 
@@ -26,7 +27,7 @@ _SUFFIXES = (".safetensors", ".pt")
 
 def load(
     source: str | os.PathLike[str],
-    path: str | None = None,
+    path: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     *,
     site_in: SiteNames | None = None,
@@ -55,21 +56,31 @@ def load(
 
     Raises:
         CheckpointError: there are no such files, or they are damaged; the format is unknown; or the files do not say
-            at which site the dictionary was trained.
+            at which site the dictionary was trained, or name one although the dictionary has the size of another.
     """
-    folder = _located(source, path, revision, site_in, site_out)
+    folder = _located(source, None if path is None else os.fspath(path).strip("/"), revision, site_in, site_out)
     for reader in _FORMATS.values():
         if reader.is_here(folder):
             found = reader.read(folder)
-            placed = [place(one, mesh, folder.path) for one in (found if isinstance(found, list) else [found])]
+            several = isinstance(found, list)
+            placed = [_checked(one, reader.model_name(folder), folder, mesh) for one in (found if several else [found])]
             for one in placed:
                 mark(one, True)
-            return placed if isinstance(found, list) else placed[0]
+            return placed if several else placed[0]
     offered = ", ".join(sorted(file.name for file in folder.path.iterdir())[:10]) or "nothing"
     raise CheckpointError(
         f"{folder.path} has no dictionary of a known format ({', '.join(_FORMATS)}); it has {offered}; give the folder "
         "of one dictionary as path"
     )
+
+
+def _checked(dictionary: Dictionary, model_name: object, folder: Folder, mesh: Mesh | None) -> Dictionary:
+    """The dictionary on its devices, after a check of its sizes at its sites."""
+    for argument, weights, axis in (("site_in", dictionary.W_enc, 0), ("site_out", dictionary.W_dec, -1)):
+        sites, first = getattr(dictionary, argument), weights[0] if isinstance(weights, tuple) else weights
+        for name in (sites,) if isinstance(sites, str) else sites:
+            check_size(name, first.shape[axis], model_name or folder.path, folder.path, argument)
+    return place(dictionary, mesh, folder.path)
 
 
 def _located(

@@ -22,10 +22,10 @@ def sae(site="blocks.1.hook_out", seed=0, d=D, **more):
     return features.SparseAutoencoder(**{"activation": features.Relu(), **arrays(seed, d), "site_in": site} | more)
 
 
-def transcoder(layer=1, seed=1, **more):
+def transcoder(layer=1, seed=1, d=D, **more):
     """A transcoder of an MLP with its norms."""
     sites = {"site_in": MLP_IN.format(layer), "site_out": MLP_OUT.format(layer)}
-    return features.Transcoder(**arrays(seed), **sites, activation=features.JumpRelu(jnp.asarray(0.05)), **more)
+    return features.Transcoder(**arrays(seed, d), **sites, activation=features.JumpRelu(jnp.asarray(0.05)), **more)
 
 
 def clt(layers=2, seed=2):

@@ -95,6 +95,16 @@ def test_a_path_says_the_site_where_there_is_no_config(path, site_in, site_out, 
     assert (loaded.site_in, loaded.site_out) == (site_in, site_out)
 
 
+@pytest.mark.parametrize("config", [{"hf_hook_point_out": None}, {"type": "sae"}, {}])
+def test_an_autoencoder_without_an_output(config, tmp_path):
+    """It is at its input; a transcoder's is not, and is asked for."""
+    write(tmp_path, params(), {"hf_hook_point_in": "model.layers.5.output", **config})
+    assert isinstance(features.load(tmp_path), features.SparseAutoencoder)
+    write(tmp_path, params(), {"hf_hook_point_in": MLP_IN})
+    with pytest.raises(CheckpointError, match="give site_out= to load"):
+        features.load(tmp_path)
+
+
 def test_sites_that_nobody_says_are_refused(tmp_path):
     """With the remedy, which works."""
     write(tmp_path, params())
@@ -129,6 +139,23 @@ def test_a_cross_layer_transcoder(on_device, tmp_path):
     values, indices = clt.encode_topk(list(LAYERED_X), k=4)
     assert values.shape == indices.shape == (LAYERS, 2, 5, 4)
     assert abs(clt(LAYERED_X[::-1]) - expected).max() > 0.1  # control
+
+
+def test_what_dictionaries_say_of_themselves(tmp_path):
+    """At the prompt: their sizes and sites, and no numbers; also without arrays, as inside `jit`."""
+    write(tmp_path / "transcoder" / "layer_5_width_16k_l0_big", params())
+    write_layers(tmp_path / "clt" / "width_262k_l0_big")
+    transcoder, clt = (
+        features.load(tmp_path, path) for path in ("transcoder/layer_5_width_16k_l0_big", "clt/width_262k_l0_big")
+    )
+    lines = repr(transcoder).splitlines()
+    assert lines[0] == "Transcoder: 40 features, JumpRelu"
+    assert lines[1].split() == ["reads", "blocks.5.ln2.hook_out", "8"]
+    assert lines[2].split() == ["writes", "blocks.5.ln2_post.hook_out", "8"]
+    assert repr(clt).splitlines()[0] == "CrossLayerTranscoder: 3 layers of 40 features, JumpRelu"
+    assert "blocks.0.ln2_post.hook_out to blocks.2.ln2_post.hook_out" in repr(clt)
+    shapes = jax.eval_shape(lambda: transcoder)
+    assert repr(shapes) == repr(transcoder)
 
 
 def test_a_cross_layer_transcoder_that_writes_backwards_warns(tmp_path):

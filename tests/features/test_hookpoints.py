@@ -9,6 +9,7 @@ import pytest
 from gemma3_jax import features
 from gemma3_jax.features.hookpoints import site_of
 from gemma3_jax.reading import CheckpointError
+from tests.features.gemma_scope_files import params, write
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -113,3 +114,16 @@ def test_a_scale_that_the_files_do_not_have_warns(value, with_config):
 def test_names_with_one_meaning(name, site):
     """Of all three systems, whatever class of Hugging Face they are from."""
     assert site_of(name, "config", "site_in") == site
+
+
+def test_a_site_of_another_size_is_refused(tmp_path):
+    """SAELens once named the output of attention for dictionaries of its heads: the sizes tell them apart."""
+    write(tmp_path, params(d_in=1024, d_out=1024, f=3))
+    config = {"hf_hook_point_in": "blocks.9.hook_attn_out", "type": "sae", "model_name": "google/gemma-3-270m-it"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"has 640 features in gemma-3-270m.*1024, as have blocks\.9\.attn\.o\.h"):
+        features.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hf_hook_point_in": "blocks.9.attn.hook_z"}))
+    assert features.load(tmp_path).site_in == "blocks.9.attn.o.hook_in"  # control
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_name": "a model of my own"}))
+    assert features.load(tmp_path).site_in == "blocks.9.ln1_post.hook_out"

@@ -1,5 +1,6 @@
 """Dictionaries on a mesh, in little memory, and from the hub."""
 
+import dataclasses
 import fnmatch
 import json
 import re
@@ -74,6 +75,18 @@ def test_chunks_of_any_size(chunk, folder, monkeypatch):
     found = sae.encode_topk(X, 20)
     np.testing.assert_allclose(found[0], values, atol=1e-5)
     np.testing.assert_array_equal(found[1], indices)
+    jax.clear_caches()
+
+
+def test_groups_are_not_cut_by_chunks(folder, monkeypatch):
+    """Of 16 neighbours the largest is active, whatever the size of a chunk and on a mesh that would cut them."""
+    sae = dataclasses.replace(features.load(folder), activation=features.GroupMax(16))
+    assert ((np.asarray(sae.encode(X)).reshape(2, 3, 4, 16) > 0).sum(-1) <= 1).all()
+    wanted = jax.lax.top_k(sae.encode(X), 5)
+    monkeypatch.setattr(largest, "CHUNK", 20)
+    jax.clear_caches()
+    for each in (sae, jax.device_put(sae, features.shardings(sae, mesh_of(8)))):
+        np.testing.assert_allclose(each.encode_topk(X, 5)[0], wanted[0], atol=1e-5)
     jax.clear_caches()
 
 
@@ -189,3 +202,22 @@ def test_only_the_files_of_a_dictionary_are_downloaded(tmp_path, monkeypatch):
     np.testing.assert_array_equal(one.W_enc, load_file(hub / "plt" / "layer_1.safetensors")["W_enc"].T)
     with pytest.raises(CheckpointError, match=re.escape("has no folder nothing")):
         features.load("org/plt", "nothing")
+
+
+def test_the_largest_features_take_the_memory_of_a_chunk():
+    """Not that of all features of every token. Control: all features do."""
+    d, f, tokens = 8, 2**18, 256
+    of = jax.ShapeDtypeStruct
+    sae = features.SparseAutoencoder(
+        W_enc=of((d, f), jnp.float32),
+        b_enc=of((f,), jnp.float32),
+        W_dec=of((f, d), jnp.float32),
+        b_dec=of((d,), jnp.float32),
+        activation=features.JumpRelu(of((f,), jnp.float32)),
+        site_in="blocks.0.hook_out",
+    )
+    x = of((tokens, d), jnp.float32)
+    chunk = 4 * largest.CHUNK * (tokens + d)
+    memory = _encode_topk.lower(sae, x, 16).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 3 * chunk < 4 * f * tokens / 4
+    assert _encode.lower(sae, x).compile().memory_analysis().output_size_in_bytes >= 4 * f * tokens

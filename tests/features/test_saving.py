@@ -16,10 +16,13 @@ from tests.features.test_other_formats import FIXTURES, ONE_LAYER
 
 def refused(case, dictionary, format):
     """Whether the format cannot hold a dictionary."""
-    top_k = isinstance(dictionary.activation, features.TopK)
+    activation = dictionary.activation
+    if isinstance(activation, features.GroupMax):
+        return True
+    top_k = isinstance(activation, features.TopK)
     if format == "saelens":
         return top_k and isinstance(dictionary, features.Transcoder)
-    return top_k or isinstance(dictionary.activation, features.Gated) or dictionary.normalization is not None
+    return top_k or isinstance(activation, features.Gated) or dictionary.normalization is not None
 
 
 @pytest.mark.parametrize("format", ["gemma_scope", "saelens"])

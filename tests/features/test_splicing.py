@@ -23,6 +23,7 @@ def of_heads(**more):
 KINDS = {
     "relu": sae,
     "topk": lambda: sae(activation=features.TopK(3)),
+    "groups": lambda: sae(activation=features.GroupMax(4)),
     "layer_norm": lambda: sae(normalization=features.LayerNorm(), subtracts_b_dec=True),
     "unit_norm": lambda: sae(normalization=features.UnitNorm()),
     "transcoder": lambda: transcoder(skip=0.2 * jnp.eye(D)),
@@ -44,7 +45,7 @@ def test_the_error_term_keeps_the_model(kind):
     assert difference(without, logits) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["relu", "topk", "layer_norm", "unit_norm", "transcoder", "heads"])
+@pytest.mark.parametrize("kind", ["relu", "topk", "groups", "layer_norm", "unit_norm", "transcoder", "heads"])
 @pytest.mark.parametrize("error", [True, False])
 def test_changed_features_change_the_value_by_their_decoder_rows(kind, error):
     """Of every kind of activation and normalization: what decoding the changed features gives, plus the error."""

@@ -71,7 +71,7 @@ ROOMS = {
     ),
     "features": (
         "sparse autoencoders, transcoders, CLTs and crosscoders, in the formats of other tools",
-        "messages reading config types processes meshes inputs compute sites hooks conversion run hooked",
+        "messages reading descriptions config types processes meshes inputs compute sites hooks conversion run hooked",
     ),
     "pictures": ("heatmaps, coloured texts and maps, as HTML and PNG", "atomic config extras sites"),
     "parity": ("the comparison with Hugging Face, in torch", "config types extras sites model conversion run"),

@@ -163,6 +163,7 @@ def sparsify():
         ("transcoder/layers.1.mlp", {"transcode": True}),
         ("skip/layers.1.mlp", {"transcode": True, "skip_connection": True}),
         ("expanded/layers.0.self_attn", {"expansion_factor": 2, "num_latents": 0}),
+        ("groupmax/layers.1", {"activation": "groupmax"}),
     ):
         coder = randomize(SparseCoder(D, SparseCoderConfig(**{"num_latents": F, "k": K, **settings})))
         coder.save_to_disk(folder := folder_of("sparsify", case))

@@ -39,6 +39,11 @@ def _layers(folder: Folder) -> list[int]:
     return sorted(int(number) for number in numbers if number.isdecimal())
 
 
+def model_name(folder: Folder) -> object:
+    """The name of the model, as the config has it; None if it has none."""
+    return _config(folder.path / CONFIG).get("model_name")
+
+
 def read(folder: Folder) -> Transcoder | list[Transcoder] | CrossLayerTranscoder:
     """A cross-layer transcoder, or the transcoders of the layers, with mapped arrays; one alone is not in a list.
 

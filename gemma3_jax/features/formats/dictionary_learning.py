@@ -37,6 +37,11 @@ def is_here(folder: Folder) -> bool:
     return folder.has(WEIGHTS)
 
 
+def model_name(folder: Folder) -> object:
+    """The name of the model, as the config has it; None if it has none."""
+    return _trainer(folder).get("lm_name")
+
+
 def read(folder: Folder) -> SparseAutoencoder:
     """The dictionary.
 
@@ -46,12 +51,18 @@ def read(folder: Folder) -> SparseAutoencoder:
     """
     file = folder.path / WEIGHTS
     tensors = Tensors(file, read_torch_file(file))
-    settings = folder.config(CONFIG).get("trainer", {})
+    settings = _trainer(folder)
     name = settings.get("dict_class") or _class_of(tensors)
     if name not in _CLASSES:
         known = ", ".join(_CLASSES)
         raise CheckpointError(f"{folder.path / CONFIG}: dict_class is {name!r}; the classes that are known are {known}")
     return SparseAutoencoder(**_CLASSES[name](tensors, settings), site_in=_site(folder, settings))
+
+
+def _trainer(folder: Folder) -> dict[str, Any]:
+    """The settings of the trainer; {} if there are none."""
+    settings = folder.config(CONFIG).get("trainer")
+    return settings if isinstance(settings, dict) else {}
 
 
 def _class_of(tensors: Tensors) -> str | None:
@@ -99,7 +110,7 @@ def _jump_relu(tensors: Tensors, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _top_k(tensors: Tensors, settings: dict[str, Any]) -> dict[str, Any]:
     weights = {**_linear(tensors, "b_dec"), "b_enc": tensors.take("encoder.bias", "f")}
-    k = settings.get("k", int(tensors.arrays["k"]) if "k" in tensors else None)
+    k = int(tensors.arrays["k"]) if "k" in tensors else settings.get("k")
     return {**weights, "activation": TopK(of_k(k, tensors.sizes["f"], tensors.file))}
 
 

@@ -45,6 +45,11 @@ def is_here(folder: Folder) -> bool:
     return folder.has(PARAMS) or bool(folder.numbered(LAYER_PARAMS))
 
 
+def model_name(folder: Folder) -> object:
+    """The name of the model, as the config has it; None if it has none."""
+    return folder.config(CONFIG).get("model_name")
+
+
 def read(folder: Folder) -> Dictionary:
     """The dictionary with mapped arrays.
 
@@ -145,10 +150,14 @@ def _sites(folder: Folder, config: dict[str, Any], argument: str, layers: int) -
 
 
 def _configured(config: dict[str, Any], argument: str) -> Any:
-    """The name that a config has for a site; an autoencoder's output is at its input."""
+    """The name that a config has for a site. The output of an autoencoder is at its input."""
     name = config.get(argument.replace("site", "hf_hook_point"))
-    is_autoencoder = argument == "site_out" and config.get("type") in ("sae", "crosscoder")
-    return _configured(config, "site_in") if name is None and is_autoencoder else name
+    if name is not None or argument == "site_in":
+        return name
+    point = config.get("hf_hook_point_in")
+    reads_as_transcoder = str(point).endswith("pre_feedforward_layernorm.output")
+    kind = config.get("type", "transcoder" if reads_as_transcoder else "sae")
+    return point if kind in ("sae", "crosscoder") else None
 
 
 def _of_path(folder: Folder, argument: str) -> tuple[list[int], str]:

@@ -40,6 +40,11 @@ def is_here(folder: Folder) -> bool:
     return folder.has(WEIGHTS)
 
 
+def model_name(folder: Folder) -> object:
+    """The name of the model, as the config has it; None if it has none."""
+    return _settings(folder).get("model_name")
+
+
 def read(folder: Folder) -> SparseAutoencoder | Transcoder:
     """The dictionary with mapped arrays.
 

@@ -1,14 +1,16 @@
 """sparsify: `cfg.json` and `sae.safetensors`, in a folder with the name of a module, such as `layers.5.mlp`.
 
 An autoencoder is of the module's output, and subtracts `b_dec` from it; a transcoder reads the module's input. The k
-largest features of a token are active. `W_skip` is [d_out, d_in]: `x @ W_skip.T`.
+largest features of a token are active, or the largest of each of k groups of neighbours. `W_skip` is [d_out, d_in]:
+`x @ W_skip.T`.
 
 Axes: i features of the input, o of the output, f features of the dictionary.
 """
 
+from pathlib import Path
 from typing import Any
 
-from gemma3_jax.features.activations import TopK
+from gemma3_jax.features.activations import Activation, GroupMax, TopK
 from gemma3_jax.features.dictionaries import SparseAutoencoder, Transcoder
 from gemma3_jax.features.formats.folder import Folder
 from gemma3_jax.features.formats.tensors import of_k, of_safetensors
@@ -24,6 +26,11 @@ def is_here(folder: Folder) -> bool:
     return folder.has(WEIGHTS)
 
 
+def model_name(folder: Folder) -> object:
+    """None: the files do not name the model."""
+    return None
+
+
 def read(folder: Folder) -> SparseAutoencoder | Transcoder:
     """The dictionary with mapped arrays.
 
@@ -32,15 +39,13 @@ def read(folder: Folder) -> SparseAutoencoder | Transcoder:
     """
     file = folder.path / CONFIG
     config, tensors = folder.config(CONFIG), of_safetensors(folder.path / WEIGHTS)
-    if config.get("activation", "topk") != "topk":
-        raise CheckpointError(f"{file}: the activation {config['activation']!r} is not supported; known is topk")
     transcode = bool(config.get("transcode", False))
     shared: dict[str, Any] = {
         "W_enc": tensors.take("encoder.weight", "f i").T,
         "b_enc": tensors.take("encoder.bias", "f"),
         "W_dec": tensors.take("W_dec", "f o"),
         "b_dec": tensors.take("b_dec", "o"),
-        "activation": TopK(of_k(config.get("k"), tensors.sizes["f"], file)),
+        "activation": _activation(config, tensors.sizes["f"], file),
         "site_in": _site(folder, "site_in", "input" if transcode else "output"),
         "subtracts_b_dec": not transcode,
     }
@@ -48,6 +53,15 @@ def read(folder: Folder) -> SparseAutoencoder | Transcoder:
     if not transcode and skip is None:
         return SparseAutoencoder(**shared)
     return Transcoder(**shared, skip=skip, site_out=_site(folder, "site_out", "output"))
+
+
+def _activation(config: dict[str, Any], width: int, file: Path) -> Activation:
+    name, k = config.get("activation", "topk"), of_k(config.get("k"), width, file)
+    if name == "topk":
+        return TopK(k)
+    if name != "groupmax" or width % k:
+        raise CheckpointError(f"{file}: the activation {name!r} with k {k} and {width} features is not supported")
+    return GroupMax(width // k)
 
 
 def _site(folder: Folder, argument: str, end: str) -> str:
