@@ -1,16 +1,25 @@
 """Sparse autoencoders, transcoders, cross-layer transcoders and crosscoders, at the sites that they were trained on."""
 
 from gemma3_jax.features.activations import Gated, GroupMax, JumpRelu, Relu, TopK
+from gemma3_jax.features.attribution import feature_attribution
+from gemma3_jax.features.checking import check
 from gemma3_jax.features.dictionaries import SparseAutoencoder, Transcoder
+from gemma3_jax.features.encoding import Encode
 from gemma3_jax.features.layered import Crosscoder, CrossLayerTranscoder
 from gemma3_jax.features.loading import load
 from gemma3_jax.features.normalizations import LayerNorm, UnitNorm
 from gemma3_jax.features.placement import shardings
 from gemma3_jax.features.saving import save
+from gemma3_jax.features.splicing import splice, steer
+
+# A method of every kind, in a file that needs those of the kinds.
+for _kind in (SparseAutoencoder, Transcoder, CrossLayerTranscoder, Crosscoder):
+    _kind.check = check
 
 __all__ = [
     "CrossLayerTranscoder",
     "Crosscoder",
+    "Encode",
     "Gated",
     "GroupMax",
     "JumpRelu",
@@ -20,7 +29,10 @@ __all__ = [
     "TopK",
     "Transcoder",
     "UnitNorm",
+    "feature_attribution",
     "load",
     "save",
     "shardings",
+    "splice",
+    "steer",
 ]

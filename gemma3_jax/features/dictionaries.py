@@ -8,6 +8,8 @@ Axes: d features of the site, f features of the dictionary, k largest ones, h he
 
 import contextlib
 import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
@@ -46,11 +48,17 @@ class _Dictionary(Described):
     site_in: str = flax.struct.field(pytree_node=False)
     normalization: Normalization | None = None
     subtracts_b_dec: bool = flax.struct.field(pytree_node=False, default=False)
+    check: ClassVar[Callable[..., Any]]  # set where all files of this room are known, in its __init__
 
     @property
     def width(self) -> int:
         """The number of features."""
         return int(self.W_enc.shape[-1])
+
+    @property
+    def decoder(self) -> jax.Array:
+        """[f, d]: `W_dec`, under the name that the parts of layered dictionaries have it."""
+        return self.W_dec
 
     def encode(self, x: ArrayLike) -> jax.Array:
         """The features of each token: [..., f] float32 of [..., d].
@@ -60,7 +68,7 @@ class _Dictionary(Described):
         Raises:
             ValueError: the last axes of x do not have the d features.
         """
-        return _encode(self, self._flat(x))
+        return _encode(self, self.flat(x))
 
     def encode_topk(self, x: ArrayLike, k: int) -> tuple[jax.Array, jax.Array]:
         """The k largest features of each token, the largest first: values [..., k] float32, indices [..., k] int32.
@@ -72,7 +80,7 @@ class _Dictionary(Described):
             ValueError: as for `encode`; or k is not between 1 and the width.
         """
         check_k(k, self.width)
-        x = self._flat(x)
+        x = self.flat(x)
         with on_mesh_of(self.W_enc, x):
             return _encode_topk(self, x, k)
 
@@ -91,13 +99,13 @@ class _Dictionary(Described):
         if f.shape[-1:] != (self.width,):
             raise ValueError(f"the features have shape {f.shape}; the last axis must be the width, {self.width}")
         if x is not None:
-            return self._shaped(_decode(self, f, self._flat(x)), jnp.shape(x))
+            return self._shaped(_decode(self, f, self.flat(x)), jnp.shape(x))
         self._check_without_input()
         return _decode(self, f, None)
 
     def __call__(self, x: ArrayLike) -> jax.Array:
         """The output for an input: `decode(encode(x), x)`."""
-        return self._shaped(_reconstruct(self, self._flat(x)), jnp.shape(x))
+        return self._shaped(_reconstruct(self, self.flat(x)), jnp.shape(x))
 
     def _description(self) -> Description:
         reads, writes = ((name, f"{d:,}") for name, d in zip(self._sites, self._sizes, strict=True))
@@ -114,7 +122,7 @@ class _Dictionary(Described):
         """The numbers of features of these sites."""
         return self.W_enc.shape[0], self.W_dec.shape[-1]
 
-    def _flat(self, x: ArrayLike) -> jax.Array:
+    def flat(self, x: ArrayLike) -> jax.Array:
         """[..., d], of that or of [..., h, e]."""
         x, d = jnp.asarray(x), self.W_enc.shape[0]
         if x.shape[-1:] == (d,):

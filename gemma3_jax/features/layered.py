@@ -12,8 +12,8 @@ ones; `...` tokens.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
@@ -45,6 +45,7 @@ class _Layered(Described):
     b_dec: tuple[jax.Array, ...]
     activation: tuple[Activation, ...]
     site_in: tuple[str, ...] = flax.struct.field(pytree_node=False)
+    check: ClassVar[Callable[..., Any]]  # set where all files of this room are known, in its __init__
 
     @property
     def width(self) -> int:
@@ -193,6 +194,17 @@ def _encode_topk(
     x: jax.Array, W_enc: jax.Array, b_enc: jax.Array, activation: Activation, k: int
 ) -> tuple[jax.Array, jax.Array]:
     return largest(x.astype(jnp.float32), W_enc, b_enc, activation, k)
+
+
+def encode_layer(
+    dictionary: CrossLayerTranscoder | Crosscoder, index: int, x: jax.Array, k: int | None
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """The features [..., f] of one layer for its value [..., d]; with k, its k largest, as `encode_topk` does.
+
+    `index` counts the layers of the dictionary.
+    """
+    layer = (dictionary.W_enc[index], dictionary.b_enc[index], dictionary.activation[index])
+    return _encode(x, *layer) if k is None else _encode_topk(x, *layer, k)
 
 
 @jax.jit

@@ -12,6 +12,7 @@ from gemma3_jax.features.formats import circuit_tracer, dictionary_learning, gem
 from gemma3_jax.features.formats.folder import Folder, SiteNames
 from gemma3_jax.features.hookpoints import check_size
 from gemma3_jax.features.placement import Dictionary, place
+from gemma3_jax.features.unchecked import mark
 from gemma3_jax.reading import CheckpointError, check_file
 
 _FORMATS: dict[str, ModuleType] = {
@@ -50,7 +51,8 @@ def load(
 
     Returns:
         A `SparseAutoencoder`, `Transcoder`, `CrossLayerTranscoder` or `Crosscoder`, with the dtypes of the file; or a
-        list of transcoders, of a folder with those of several layers (circuit-tracer's `layer_{i}.safetensors`).
+        list of transcoders, of a folder with those of several layers (circuit-tracer's `layer_{i}.safetensors`). A
+        log message at the first use in a model says so if `check` has not been called.
 
     Raises:
         CheckpointError: there are no such files, or they are damaged; the format is unknown; or the files do not say
@@ -62,6 +64,8 @@ def load(
             found = reader.read(folder)
             several = isinstance(found, list)
             placed = [_checked(one, reader.model_name(folder), folder, mesh) for one in (found if several else [found])]
+            for one in placed:
+                mark(one, True)
             return placed if several else placed[0]
     offered = ", ".join(sorted(file.name for file in folder.path.iterdir())[:10]) or "nothing"
     raise CheckpointError(

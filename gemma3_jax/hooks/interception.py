@@ -60,6 +60,19 @@ class Repeated(nn.Module):
         return [block(layer, site.removeprefix("block.")) for layer in self.layers]
 
 
+@dataclasses.dataclass(eq=False)
+class Seen:
+    """The values of the sites that a run has passed, by canonical name.
+
+    Attributes:
+        values: outside scans.
+        scanned: in the scan body that is being traced; those of the layer of its step.
+    """
+
+    values: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    scanned: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+
 class Tokens(TypedDict):
     """The fields of a `Hook` that describe the tokens of a site."""
 
@@ -85,6 +98,8 @@ class Hook:
         phase: "prompt", or "generation" for a token that the model has generated (static).
         layout: einops pattern from the table's layout to the layout of the value, if a Hugging Face path with another
             layout named the site (static); or None.
+        read: the values of the sites that an edit reads beside its own, by canonical name: see `Reading`. Or None.
+        seen: the values that `Reading` finds them in (static).
     """
 
     name: str = flax.struct.field(pytree_node=False)
@@ -96,6 +111,8 @@ class Hook:
     key_mask: jax.Array | None = None
     phase: Phase = flax.struct.field(pytree_node=False, default="prompt")
     layout: str | None = flax.struct.field(pytree_node=False, default=None)
+    read: Mapping[str, jax.Array] | None = None
+    seen: Seen | None = flax.struct.field(pytree_node=False, default=None, repr=False)
 
     if not TYPE_CHECKING:  # a type checker is to report missing attributes itself
 
@@ -128,6 +145,41 @@ class InLayout:
         """The axes that the edit sees, for a value with axes `ours`; merged axes count as one, "(n e)"."""
         before, after = (side.removeprefix("... ") for side in self.layout.split(" -> "))
         return [*ours[: -len(before.split())], *re.findall(r"\([^)]*\)|\S+", after)]
+
+
+@flax.struct.dataclass
+class Reading:
+    """An edit that also reads the values of earlier sites of the same run, after their edits: `hook.read[name]`.
+
+    With scanned layers, the sites must be in the layer of the edit.
+
+    Attributes:
+        edit: any edit.
+        sites: canonical names (static).
+    """
+
+    edit: Edit
+    sites: tuple[str, ...] = flax.struct.field(pytree_node=False)
+
+    def __call__(self, value: jax.Array, hook: Hook) -> jax.Array:
+        """The result of the edit."""
+        read = {name: _value_of(name, hook) for name in self.sites}
+        return call_edit(self.edit, value, dataclasses.replace(hook, read=read, seen=None))
+
+
+def _value_of(name: str, hook: Hook) -> jax.Array:
+    """The value of an earlier site."""
+    seen = hook.seen or Seen()
+    found = seen.scanned.get(name) if layer_of(name) == hook.layer else None
+    found = seen.values.get(name) if found is None else found
+    if found is not None:
+        return found
+    if seen.scanned:
+        raise ValueError(
+            f"the edit at {hook.name} reads {name}, in another layer, which scanned layers do not keep: run the model "
+            "without scan_layers (in `forward`: with unstack_layers)"
+        )
+    raise ValueError(f"the edit at {hook.name} reads {name}, which this run does not reach before it")
 
 
 @flax.struct.dataclass
@@ -215,9 +267,10 @@ def interceptor(
     """
 
     scans: list[tuple[Repeated, jax.Array]] = []  # the scan body that is being traced, and its step
+    seen = Seen()
 
     def hook_at(name: str) -> Hook:
-        hook = Hook(name, layer_of(name), positions, **fields)
+        hook = Hook(name, layer_of(name), positions, **fields, seen=seen)
         if unembedded is None or not name.startswith("unembed."):
             return hook
         return dataclasses.replace(hook, **unembedded)
@@ -234,6 +287,7 @@ def interceptor(
             body, step = scans[-1]
             names = body.names(site)
             value = edited_at(step, [name if name in edits else None for name in names], edited, value)
+            seen.scanned |= dict.fromkeys(names, value)
             captured_names = [name if name in capture else None for name in names]
             if any(captured_names):
                 value = constrained(value, table.site(next(filter(None, captured_names))).axes)
@@ -243,6 +297,7 @@ def interceptor(
             return value
         if site in edits:
             value = edited(site, value)
+        seen.values[site] = value
         if site in capture:
             value = constrained(value, table.site(site).axes)
             module.sow(CAPTURES, hook, Kept(kept(site, value)), init_fn=lambda: None, reduce_fn=lambda _, new: new)
@@ -258,6 +313,7 @@ def interceptor(
                 return next_fun(*args, **kwargs)
             finally:
                 scans.pop()
+                seen.scanned.clear()
         if context.method_name != "__call__" or not module.path:
             return next_fun(*args, **kwargs)
         if isinstance(module, HookPoint):

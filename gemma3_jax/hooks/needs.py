@@ -27,7 +27,7 @@ import numpy as np
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.hooks import restrictions
 from gemma3_jax.hooks.edits import FromRow, OfValues, ReadyMade
-from gemma3_jax.hooks.interception import Edit, Hook, InLayout, Phase
+from gemma3_jax.hooks.interception import Edit, Hook, InLayout, Phase, Reading
 from gemma3_jax.hooks.restrictions import Index, Only, as_index
 from gemma3_jax.hooks.tracing import Traced
 from gemma3_jax.inputs import as_array
@@ -38,7 +38,7 @@ from gemma3_jax.sites.table import HEAD_COPIES, site
 def nested(edit: Edit) -> Iterator[Edit]:
     """The edit, the one that it restricts or rearranges, and so on to the innermost."""
     yield edit
-    while isinstance(edit, Only | InLayout):
+    while isinstance(edit, Only | InLayout | Reading):
         edit = edit.edit
         yield edit
 
@@ -136,7 +136,7 @@ def with_functions(edit: Edit, values: Sequence[jax.ShapeDtypeStruct], hook: Hoo
         hook: with shapes in place of arrays.
         change: returns the edit to use.
     """
-    if type(edit) is Only:
+    if type(edit) is Only or isinstance(edit, Reading):
         return dataclasses.replace(edit, edit=with_functions(edit.edit, values, hook, change))
     if isinstance(edit, InLayout):
         rearranged = [jax.eval_shape(lambda x: einops.rearrange(x, edit.layout), value) for value in values]
@@ -167,8 +167,8 @@ def some_depend_on_length(edits: Mapping[str, Sequence[Edit]]) -> bool:
 def depends_on_length(edit: Edit, name: str) -> bool:
     """Whether the values of an edit at a text's tokens may change if masked columns follow the text.
 
-    True at sites with an axis of keys for ready-made edits, which may give weight to masked keys, or compute with all
-    keys. Traced functions are for `gemma3_jax.hooks.longer` to decide; only their restrictions are asked here.
+    True for edits that read other sites, and at sites with an axis of keys for ready-made edits, which may give weight
+    to masked keys, or compute with all keys. Traced functions are for `gemma3_jax.hooks.longer` to decide; only their restrictions are asked here.
 
     Args:
         edit: an edit at the site `name`, whose functions are traced.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import Literal, cast
+from typing import Any, Literal
 
 import jax
 
@@ -22,7 +22,8 @@ Capture = str | Iterable[str] | Callable[[str], bool]
 # Or a mapping to reductions: see `gemma3_jax.reductions`.
 ReducedCapture = Capture | Mapping[str, Reduction | Sequence[Reduction] | None]
 EditsByName = Mapping[str, Edit | Sequence[Edit]]
-Edits = EditsByName | Sequence[tuple[Capture, Edit]] | tuple[Capture, Edit]
+Pair = tuple[Capture, Edit]
+Edits = EditsByName | Sequence[Pair | Sequence[Pair]] | Pair
 
 
 def captures(
@@ -103,7 +104,7 @@ def placed_edits(
 
 
 def _pairs(edits: Edits) -> list[tuple[Capture, Edit | Sequence[Edit]]]:
-    """The (name, edit) pairs of a mapping, of a list of pairs, or of one pair.
+    """The (name, edit) pairs of a mapping, of a list of pairs and of lists of pairs, or of one pair.
 
     Raises:
         TypeError: it is none of these.
@@ -112,10 +113,15 @@ def _pairs(edits: Edits) -> list[tuple[Capture, Edit | Sequence[Edit]]]:
         return list(edits.items())
     if isinstance(edits, tuple) and len(edits) == 2 and (isinstance(edits[0], str) or callable(edits[1])):
         return [edits]
-    for pair in edits if isinstance(edits, Sequence) and not isinstance(edits, str) else [edits]:
+    pairs: list[Any] = []
+    items: Any = edits if isinstance(edits, Sequence) and not isinstance(edits, str) else [edits]
+    for item in items:
+        several = isinstance(item, list) and all(isinstance(pair, tuple) for pair in item)
+        pairs += item if several else [item]
+    for pair in pairs:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise TypeError(f"edits are {{name: edit}}, a list of (name, edit) pairs, or one such pair; got {pair!r}")
-    return list(cast(Sequence[tuple[Capture, Edit]], edits))
+    return pairs
 
 
 def _placed(

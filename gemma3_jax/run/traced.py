@@ -17,9 +17,9 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from gemma3_jax.hooks.axes import DependsOnLength
-from gemma3_jax.hooks.interception import Edit, Hook, at_least_float32, call_edit
+from gemma3_jax.hooks.interception import Edit, Hook, Reading, at_least_float32, call_edit
 from gemma3_jax.hooks.longer import Growing, Longer, LongerMetric, longer
-from gemma3_jax.hooks.needs import phases, with_functions
+from gemma3_jax.hooks.needs import nested, phases, with_functions
 from gemma3_jax.hooks.reductions import Steps, is_ready
 from gemma3_jax.hooks.tracing import Traced, traced
 from gemma3_jax.run.request import Reduced, Request
@@ -41,13 +41,18 @@ def with_traced_functions(request: Request, dtype: DTypeLike, keys: int | None =
     def trace_edit(name: str, edit: Edit) -> Edit:
         value = _value(request, name, dtype, keys)
         value = jax.ShapeDtypeStruct(value.shape, at_least_float32(value.dtype))
+        hook = _hook(request, name, keys)
+        read = [other for each in nested(edit) if isinstance(each, Reading) for other in each.sites]
+        if read:
+            shapes: Any = {other: _value(request, other, dtype, keys) for other in read}
+            hook = dataclasses.replace(hook, read=shapes)
 
         def trace(edit: Edit, values: Sequence[jax.ShapeDtypeStruct], hook: Hook) -> Edit:
             if isinstance(edit, Traced):
                 return edit
             return traced(edit, *values, hook, where=f"the edit at {name}", call=call_edit, moment=moment)
 
-        return with_functions(edit, [value], _hook(request, name, keys), trace)
+        return with_functions(edit, [value], hook, trace)
 
     def trace_reduction(name: str, steps: Reduced) -> Reduced:
         if not isinstance(steps, Steps) or is_ready(steps):

@@ -23,8 +23,8 @@ SURFACE = {
     "save_params",
     "conversion.parity": "Report Row compare compare_sites parity",
     "gemma3_jax.edits": "Add Clamp FromCache FromRow Mean Noise Only ProjectOut Replace Scale only",
-    "gemma3_jax.features": "CrossLayerTranscoder Crosscoder Gated GroupMax JumpRelu LayerNorm Relu SparseAutoencoder "
-    "TopK Transcoder UnitNorm load save shardings",
+    "gemma3_jax.features": "CrossLayerTranscoder Crosscoder Encode Gated GroupMax JumpRelu LayerNorm Relu "
+    "SparseAutoencoder TopK Transcoder UnitNorm feature_attribution load save shardings splice steer",
     "gemma3_jax.generation": "Generation generate",
     "gemma3_jax.harvest": "ActivationStore JsonLines Parquet StoreError TextLines harvest verify",
     "gemma3_jax.placing": "Fit fits make_mesh param_shardings",
