@@ -168,7 +168,8 @@ def depends_on_length(edit: Edit, name: str) -> bool:
     """Whether the values of an edit at a text's tokens may change if masked columns follow the text.
 
     True for edits that read other sites, and at sites with an axis of keys for ready-made edits, which may give weight
-    to masked keys, or compute with all keys. Traced functions are for `gemma3_jax.hooks.longer` to decide; only their restrictions are asked here.
+    to masked keys, or compute with all keys. Traced functions are for `gemma3_jax.hooks.longer` to decide; only
+    their restrictions are asked here.
 
     Args:
         edit: an edit at the site `name`, whose functions are traced.
