@@ -146,7 +146,8 @@ def _prepared(
     """The plan and the arrays of a run, whose manifest is then in the folder."""
     new = new_manifest(model, corpus, sites, layout)
     if not (out / files.MANIFEST).exists():
-        if out.is_dir() and any(not file.name.startswith(".") and file.name != files.PLAN for file in out.iterdir()):
+        strangers = [file for file in out.glob("[!.]*") if file.name != files.PLAN]
+        if strangers and not (out / files.MANIFEST).exists():  # another process may have begun in the meantime
             raise StoreError(f"{out} is not empty, and is not an activation store; give another folder")
         out.mkdir(parents=True, exist_ok=True)
         plan = _planned(model, corpus, layout, progress)
@@ -265,8 +266,9 @@ def _entry(tree: Any, name: str) -> Any:
 
 def _estimate(arrays: list[Array], tokens: int, out: Path) -> str:
     """What is to come, in words: bytes of a token and in all, and the room on the disk."""
-    each = bytes_of_token(arrays)
-    room = shutil.disk_usage(out).free
+    each, room = bytes_of_token(arrays), shutil.disk_usage(out).free
+    if each * tokens > room:
+        _log.warning("the harvest takes up to %s, and %s has %s free", size_text(each * tokens), out, size_text(room))
     return f"{size_text(each)} a token, at most {size_text(each * tokens)}, {size_text(room)} free"
 
 

@@ -77,6 +77,7 @@ class ActivationStore(Described):
         self._units = np.flatnonzero(there)
         self._arrays = arrays_in(self.manifest)
         self._unit = functools.lru_cache(maxsize=_OPEN)(self._read)
+        self._ends = functools.cache(self._find_ends)
         if self.missing.size:
             _log.warning(
                 "%s: %s of %s units are not there yet; rows are numbered without them",
@@ -119,15 +120,22 @@ class ActivationStore(Described):
     def read(self, key: str, start: int, stop: int) -> np.ndarray:
         """Rows of the array of that name in the files, [m, ...]; a view of a mapped file if they are in one unit.
 
+        As in a slice, rows beyond the last are left out.
+
         Raises:
-            IndexError: the store does not have these rows.
+            IndexError: `start` is negative or above `stop`.
         """
         ends = self._ends(key)
-        if not 0 <= start <= stop <= ends[-1]:
-            raise IndexError(f"rows {start} to {stop} of {key}: the store has {ends[-1]:,}")
-        first = bisect.bisect_right(ends, start) - 1
+        if not 0 <= start <= stop:
+            raise IndexError(
+                f"rows {start} to {stop} of {key}: they are counted from 0, and the store has {ends[-1]:,}"
+            )
+        if not self._units.size:
+            raise StoreError(f"{self.folder} has no unit yet")
+        start, stop = min(start, ends[-1]), min(stop, ends[-1])
+        first = min(bisect.bisect_right(ends, start), len(self._units)) - 1
         parts: list[np.ndarray] = []
-        for i in range(max(first, 0), len(self._units)):
+        for i in range(first, len(self._units)):
             if ends[i] >= stop and parts:
                 break
             parts.append(self._unit(int(self._units[i])).array(key)[max(start - ends[i], 0) : max(stop - ends[i], 0)])
@@ -174,13 +182,13 @@ class ActivationStore(Described):
         """Where the rows of each unit begin, and the end of the last, [units + 1]."""
         return np.asarray(self._ends(key))
 
-    @functools.cache  # noqa: B019 # as long as the store
-    def _ends(self, key: str) -> list[int]:
+    def _find_ends(self, key: str) -> list[int]:
+        """Where the rows of each unit begin, and the end of the last."""
         known = "tokens" if key in KEPT or self._is_of_tokens(key) else key
         if known != key:
             return self._ends(known)
         lengths = [self._read(int(unit)).arrays[key].shape[0] for unit in self._units]
-        return np.cumsum([0, *lengths]).tolist()
+        return [0, *itertools.accumulate(lengths)]
 
     def _is_of_tokens(self, key: str) -> bool:
         return any(array.key == key and array.axis is not None for array in self._arrays)

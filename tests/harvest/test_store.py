@@ -97,7 +97,10 @@ def test_rows(store):
     for start, stop in [(0, 3), (bounds[1] - 2, bounds[1] + 2), (5, bounds[3] + 1), (7, 7), (bounds[1], bounds[2])]:
         np.testing.assert_array_equal(store["embed.hook_in"].rows(start, stop), every[start:stop])
     assert store["resid_post", 1].rows(0, 3).base is not None  # a view of the file
-    for start, stop in [(0, len(store) + 1), (-1, 3), (3, 2)]:
+    for start in (0, len(store) - 3, len(store), len(store) + 5):  # as in a slice
+        np.testing.assert_array_equal(store.tokens(start, 10**6), every[start:])
+        assert store["resid_post", 1].rows(start, 10**6).shape[1:] == (96,)
+    for start, stop in [(-1, 3), (3, 2)]:
         with pytest.raises(IndexError, match="the store has"):
             store.tokens(start, stop)
     with pytest.raises(IndexError):
