@@ -168,6 +168,17 @@ def test_a_cross_layer_transcoder_that_writes_backwards_warns(tmp_path):
     np.testing.assert_allclose(clt(LAYERED_X), layered_output(layers, LAYERED_X), atol=1e-4)
 
 
+@pytest.mark.parametrize("sites", ["blocks.5.ln2.hook_out", ["blocks.0.hook_out"] * 3, ["blocks.0.hook_out"]])
+def test_several_layers_have_several_sites(sites, tmp_path):
+    """A name without a place for the layer is refused, and "*" is that place."""
+    write_layers(tmp_path)
+    outputs = [f"model.layers.{layer}.mlp.output" for layer in range(LAYERS)]
+    with pytest.raises(CheckpointError, match=r"site_in: .* are 1 sites, for 3 layers"):
+        features.load(tmp_path, site_in=sites, site_out=outputs)
+    clt = features.load(tmp_path, site_in="blocks.*.ln2.hook_normalized", site_out=outputs)
+    assert (clt.site_in[2], clt.site_out[1]) == ("blocks.2.ln2.hook_normalized", "blocks.1.mlp.hook_out")
+
+
 @pytest.mark.parametrize("named", [False, True])
 def test_a_crosscoder(named, tmp_path):
     """Its layers are those of its config or its path; what it writes to each is used."""

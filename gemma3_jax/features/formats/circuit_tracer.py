@@ -99,8 +99,10 @@ def _sites(folder: Folder, argument: str, layers: Any) -> tuple[str, ...]:
     given = getattr(folder, argument)
     if given is not None:
         names = expanded(given, layers)
-        if len(names) != len(layers):
-            raise CheckpointError(f"{argument} has {len(names)} sites, for {len(layers)} layers; give one for each")
+        if len(names) != len(layers) or len(set(names)) < len(layers):
+            raise CheckpointError(
+                f"{argument} has {len(set(names))} sites, for {len(layers)} layers; give '*' for the layer, or a list"
+            )
         return tuple(canonical(name, argument, argument) for name in names)
     file = folder.path / CONFIG
     key = "feature_input_hook" if argument == "site_in" else "feature_output_hook"

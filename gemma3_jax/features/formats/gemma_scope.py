@@ -144,8 +144,11 @@ def _sites(folder: Folder, config: dict[str, Any], argument: str, layers: int) -
         numbers, part = _of_path(folder, argument)
         where, names = str(folder.path), [block(layer, part) for layer in numbers or range(layers)]
     sites = tuple(site_of(name, where, argument) for name in expanded(names, range(layers)))
-    if len(sites) != layers:
-        raise CheckpointError(f"{where}: {names} are {len(sites)} sites, for {layers} layers; give {argument}= to load")
+    if len(sites) != layers or len(set(sites)) < layers:
+        raise CheckpointError(
+            f"{where}: {names} are {len(set(sites))} sites, for {layers} layers; give {argument}= to load: a list, or "
+            "a name with '*' for the layer"
+        )
     return sites
 
 
