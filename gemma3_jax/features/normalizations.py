@@ -14,7 +14,7 @@ __all__ = ["LayerNorm", "Normalization", "UnitNorm"]
 
 @flax.struct.dataclass
 class UnitNorm:
-    """x sqrt(d) / |x|: SAELens' constant_norm_rescale.
+    """x sqrt(d) / norm(x): SAELens' constant_norm_rescale.
 
     >>> UnitNorm()(jnp.asarray([0.0, 5.0, 0.0, 0.0])).tolist()
     [0.0, 2.0, 0.0, 0.0]

@@ -26,7 +26,7 @@ _LAYERED_DECODER = "f m d"
 
 
 def shardings(dictionary: _AnyDictionary, mesh: Mesh) -> _AnyDictionary:
-    """How each array is cut over a mesh: `NamedSharding`s in a pytree like the dictionary.
+    """How each array is cut over a mesh: a `NamedSharding` for each, in a pytree like the dictionary.
 
     >>> import jax.numpy as jnp
     >>> from gemma3_jax import features
