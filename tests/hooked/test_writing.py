@@ -319,7 +319,7 @@ def test_out_of_memory_says_what_was_asked_for(function, monkeypatch):
     beside = int(re.search(r"running the model on it ([\d,]+) bytes", str(error.value))[1].replace(",", ""))
     assert beside >= 3 * 8 * 4 * (16 * 16 if function == "read" else 80)
     # Where hook_attn_in is edited, each of the 8 query heads has keys and values of its own.
-    with pytest.raises(MemoryError, match=f"{2 * 3 * 10 * 4 * (8 * 76 + 2 * 2 * 7):,} bytes for the keys and values"):
+    with pytest.raises(MemoryError, match=f"{2 * 3 * 10 * 4 * (8 * 80 + 2 * 2 * 7):,} bytes for the keys and values"):
         write(edits={"blocks.1.hook_attn_in": edits.Scale(2.0)})
     with pytest.raises(MemoryError, match="keys and values"):
         HookedGemma3(CONFIG, parameters()).generate(TOKENS, 5)

@@ -20,6 +20,7 @@ OPTIONAL = ("gguf", "matplotlib", "protobuf", "pyarrow", "sentencepiece", "torch
 DISTRIBUTIONS = {
     "google": "protobuf",
     "orbax": "orbax-checkpoint",
+    "yaml": "pyyaml",
 }  # where a package is not imported by the name that pip knows
 # Runs first: finds every package but these, as where they are not installed.
 WITHOUT = """
