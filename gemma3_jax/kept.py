@@ -8,8 +8,15 @@ import jax
 
 
 def cache_directory() -> Path:
-    """Where this library keeps what takes long to make again; it need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma3-jax"
+    """Where this library keeps what takes long to make again; it need not exist.
+
+    Raises:
+        OSError: the user has no home directory, as in some containers, and nothing can be kept.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma3-jax"
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
 
 
 def keep_programs() -> None:
@@ -23,7 +30,7 @@ def keep_programs() -> None:
     try:
         directory = cache_directory()
         directory.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: the user of a container may have no home at all
+    except OSError:
         return
     if os.access(directory, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(directory))

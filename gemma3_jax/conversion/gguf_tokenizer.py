@@ -40,14 +40,13 @@ def load_tokenizer(header: Header) -> Any:
     if fields.get("tokenizer.ggml.model") != "llama" or not tokens:
         _log.warning("%s has no SentencePiece vocabulary: the model is loaded without a tokenizer", file)
         return None
-    kept = cache_directory() / "tokenizers" / _fingerprint(fields)
+    try:
+        kept = cache_directory() / "tokenizers" / _fingerprint(fields)
+    except OSError as error:
+        return _made(header, f"the tokenizer of {file} is not kept: {error}")
     if not kept.is_dir():
-        _log.info("making the tokenizer of %s, to be kept in %s", file, kept)
-        try:
-            made = tokenizer_of(fields)
-        except Exception as error:  # a damaged vocabulary fails in many ways, in several libraries
-            why = f"its vocabulary fails with {type(error).__name__}: {printable(error)}"
-            _log.warning("%s: the model is loaded without a tokenizer, because %s", file, why)
+        made = _made(header, f"making the tokenizer of {file}, to be kept in {kept}")
+        if made is None:
             return None
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -57,6 +56,17 @@ def load_tokenizer(header: Header) -> Any:
             _log.info("the tokenizer of %s was not kept: %s", file, error)
             return made
     return load_tokenizer_files(kept)
+
+
+def _made(header: Header, message: str) -> Any:
+    """The tokenizer of the file's vocabulary, or None, with a warning, if that is damaged; `message` is logged."""
+    _log.info("%s", message)
+    try:
+        return tokenizer_of(header.fields)
+    except Exception as error:  # a damaged vocabulary fails in many ways, in several libraries
+        why = f"its vocabulary fails with {type(error).__name__}: {printable(error)}"
+        _log.warning("%s: the model is loaded without a tokenizer, because %s", header.file, why)
+        return None
 
 
 def tokenizer_of(fields: Mapping[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import transformers
@@ -65,6 +66,15 @@ def test_a_cache_that_cannot_be_written(gguf_file, tmp_path, monkeypatch):
     """The tokenizer is used all the same."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert load_tokenizer(read_header(gguf_file))("the")["input_ids"][0] == 2
+
+
+def test_a_user_without_a_home(gguf_file, monkeypatch):
+    """As in some containers: nothing can be kept, and the tokenizer is made each time."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "~")  # `Path.home` then asks the list of users, and raises an error
+    with pytest.raises(RuntimeError):
+        Path.home()
     assert load_tokenizer(read_header(gguf_file))("the")["input_ids"][0] == 2
 
 
