@@ -106,15 +106,16 @@ class Texts:
         return Window(arrays["tokens"], at, int(arrays["documents"][at]), int(arrays["offsets"][at]))
 
     def values(self, name: str, where: Iterable[tuple[int, int]]) -> list[np.ndarray]:
-        """The values [w, ...] of a site in the windows around tokens: their rows run again, together."""
-        units = [(self.unit(number), place) for number, place in where]
-        if not units:
+        """The values [w, ...] of a site in the windows around tokens: what they see runs again, each in its own row."""
+        seen = [_seen(self.unit(number), place) for number, place in where]
+        if not seen:
             return []
-        rows = [[np.asarray(part)[unit.rows[place]] for part in unit.inputs[:4]] for unit, place in units]
-        inputs = Inputs(*map(np.stack, zip(*rows, strict=True)))
-        cache = next(iter(self._model.activations([inputs], name)))
-        windows = (unit.columns[_window(unit, place)] for unit, place in units)
-        return [value[columns] for value, columns in zip(np.asarray(cache[name]), windows, strict=True)]
+        lengths = np.asarray([len(ids) for ids, _ in seen])
+        mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int32)
+        tokens = np.zeros_like(mask)
+        tokens[mask > 0] = np.concatenate([ids for ids, _ in seen])
+        cache = next(iter(self._model.activations([Inputs(tokens, mask)], name)))
+        return [value[columns] for value, (_, columns) in zip(np.asarray(cache[name]), seen, strict=True)]
 
     def _inputs(self) -> Iterator[Inputs]:
         return (self.unit(number).inputs for number in range(self._plan.units))
@@ -191,6 +192,14 @@ def _window(unit: Unit, place: int) -> slice:
     start, stop = max(0, place - BEFORE), place + AFTER + 1
     same = np.flatnonzero(_same_piece({key: unit.arrays[key][start:stop] for key in _PIECE}, place - start))
     return slice(start + int(same[0]), start + int(same[-1]) + 1)
+
+
+def _seen(unit: Unit, place: int) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of a piece of a document from its beginning to the end of a window; where in them the window is."""
+    row, columns = unit.rows[place], unit.columns[_window(unit, place)]
+    segments = np.asarray(unit.inputs.segment_ids)[row]
+    start = int(np.argmax(segments == segments[columns[0]]))
+    return np.asarray(unit.inputs.tokens)[row, start : columns[-1] + 1], columns - start
 
 
 def _same_piece(arrays: Mapping[str, np.ndarray], at: int) -> np.ndarray:

@@ -3,6 +3,8 @@
 Axes: d hidden_size or features of a site, f features of the dictionary, m layers that are written, V vocabulary.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,10 +61,16 @@ def direct_logits(model: HookedGemma3, sae: Dictionary, feature: Feature) -> np.
     rows = _rows(sae, feature)
     # [d]
     row = sum(_to_stream(model, site, jnp.asarray(row, jnp.float32)) for site, row in rows)
-    gain = model.params["ln_final"]["weight"].astype(jnp.float32)
-    # [d] x [d, V] -> [V]
-    logits = matmul("d,dV->V", row * gain, model.W_U.astype(jnp.float32))
-    return np.asarray(logits - jnp.mean(logits))
+    tied, params = model.config.tie_word_embeddings, model.params
+    weight = params["embed"]["weight"] if tied else params["unembed"]["weight"]
+    return np.asarray(_centred(row * params["ln_final"]["weight"].astype(jnp.float32), weight, tied))
+
+
+@functools.partial(jax.jit, static_argnames="tied")
+def _centred(row: jax.Array, weight: jax.Array, tied: bool) -> jax.Array:
+    """Logits without their mean, [V], of [d] and of the embedding [V, d] or the unembedding [d, V]; without a copy."""
+    logits = matmul("d,Vd->V" if tied else "d,dV->V", row, weight.astype(jnp.float32))
+    return logits - jnp.mean(logits)
 
 
 def _rows(sae: Dictionary, feature: Feature) -> list[tuple[str, jax.Array | np.ndarray]]:
