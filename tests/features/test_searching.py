@@ -10,6 +10,7 @@ from tests.features.small_dictionaries import arrays, sae, transcoder
 
 LONG = "ba ke lo mu ti so re na du pi ba ke lo mu ti so re na du pi ba ke"
 TEXTS = ["ba ke lo mu ti so re na du pi", "so re na ti", "ke pi ti lo ke pi", "ba ke", "na du na du na du", "lo mu"]
+Z = "blocks.1.attn.o.hook_in"
 LAYOUT = {"rows": 2, "length": 12}
 K = 4
 
@@ -34,7 +35,7 @@ def found(model, dictionary):
 @pytest.fixture(scope="module")
 def caches(model):
     """The values of sites in each text alone."""
-    sites = ["blocks.1.hook_out", "blocks.{1,2}.ln2.hook_out"]
+    sites = ["blocks.1.hook_out", "blocks.{1,2}.ln2.hook_out", Z]
     return [model.run_with_cache(text, sites)[1] for text in TEXTS]
 
 
@@ -142,6 +143,18 @@ def test_a_store_is_a_corpus(model, caches, dictionary, found, tmp_path):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
     with pytest.raises(KeyError, match="was not harvested"):
         features.search(model, sae("blocks.2.hook_out"), store)
+
+
+def test_a_site_with_heads_and_a_model_without_a_tokenizer(model, caches):
+    """The heads are side by side, as in `encode`; tokens that have no spelling are shown as ids."""
+    one = sae(Z, d=model.config.num_attention_heads * model.config.head_dim)
+    ids = [np.asarray(model.to_tokens(text))[0] for text in TEXTS]
+    found = features.search(HookedGemma3(model.config, model.params), one, ids, K, **LAYOUT)
+    check_equal(found, *dense(caches, one))
+    best = found[int(np.argmax(found.largest))]
+    each = best.examples[0]
+    assert each.tokens == [str(token) for token in each.ids]
+    assert f"['{each.ids[each.at]}']" in repr(best).replace('"', "")
 
 
 def test_a_transcoder_and_layers(model, caches):

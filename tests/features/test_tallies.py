@@ -86,3 +86,8 @@ def test_counts_go_beyond_32_bits(batches):
     start = start._replace(counts=jnp.asarray([many >> 24, many & (2**24 - 1)], jnp.int32), exponents=jnp.full(D, 9))
     after = added(start, one, jnp.asarray(batches[0]), None, chunk, jnp.int32(N), jnp.int32(0))
     assert totals(np.asarray(after.counts)).sum() == many.sum() + np.sum(batches[0] > 0)
+
+
+def test_the_memory_of_a_feature():
+    """It is what `search` says, whatever the number of tokens."""
+    assert sum(each.nbytes for each in empty(5, 20)) == 5 * (12 * 20 + 260)
