@@ -128,8 +128,8 @@ def _counted(tally: Tally, f: jax.Array) -> tuple[jax.Array, jax.Array]:
     # [c, s]: the bins that the old ones become
     bins = jnp.arange(BINS) >> jnp.minimum(exponents - tally.exponents, 31)[:, None]
     upper, lower = jnp.zeros_like(tally.counts).at[:, features[:, None], bins].add(tally.counts)
-    # [n, c]; values of 0 are in no bin
-    bins = jnp.ldexp(f, BINS.bit_length() - 1 - exponents).astype(jnp.int32)
+    # [n, c]; exact, since bins are as wide as a power of two; values of 0 are in no bin
+    bins = (f * jnp.ldexp(1.0, BINS.bit_length() - 1 - exponents)).astype(jnp.int32)
     lower = lower.at[features, jnp.where(f > 0, bins, BINS)].add(1, mode="drop")
     return jnp.stack([upper + (lower >> _CARRY), lower & (2**_CARRY - 1)]), exponents
 
