@@ -10,6 +10,7 @@ from gemma3_jax.features.loading import load
 from gemma3_jax.features.normalizations import LayerNorm, UnitNorm
 from gemma3_jax.features.placement import shardings
 from gemma3_jax.features.saving import save
+from gemma3_jax.features.searching import search
 from gemma3_jax.features.splicing import splice, steer
 
 # A method of every kind, in a file that needs those of the kinds.
@@ -32,6 +33,7 @@ __all__ = [
     "feature_attribution",
     "load",
     "save",
+    "search",
     "shardings",
     "splice",
     "steer",

@@ -26,12 +26,14 @@ def one_device():
 
 
 def results(model, first, second):
-    """The logits with both spliced in, the largest features, and the scores of all."""
+    """The logits with both spliced in, the largest features, the scores of all, and what a search finds."""
     edits = [features.splice(first, set={3: 2.0}, ablate=[5]), features.splice(second, error=False)]
     capture = {second.site_in: features.Encode(second, k=5)}
     logits, cache = model.run_with_hooks(EIGHT, edits, names_filter=capture)
     found = features.feature_attribution(model, EIGHT, lambda logits: logits[:, -1, 7].sum(), [first, second], k=None)
-    return logits, cache[second.site_in].values, *(each.scores for each in found.of)
+    scores = (each.scores for each in found.of)
+    searched = features.search(model, second, np.asarray(EIGHT), 3, rows=8, length=EIGHT.shape[1])
+    return logits, cache[second.site_in].values, *scores, searched.frequency, searched.largest, searched[3].logits
 
 
 def test_a_mesh_gives_what_one_device_gives():

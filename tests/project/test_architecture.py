@@ -70,14 +70,15 @@ ROOMS = {
         "patching, sweeps, attribution, lenses, circuits",
         "descriptions config grids types renamed positions meshes inputs compute sites hooks model cache run hooked",
     ),
-    "features": (
-        "sparse autoencoders, transcoders, CLTs and crosscoders, in the formats of other tools",
-        "messages reading descriptions config types processes meshes inputs compute sites hooks conversion run hooked",
-    ),
     "harvest": (
         "from a corpus to numbered units to a store of activations, and back",
         "messages atomic reading descriptions config types extras version positions inputs sites hooks cache run "
         "hooked",
+    ),
+    "features": (
+        "sparse autoencoders, transcoders, CLTs and crosscoders, in the formats of other tools",
+        "messages reading descriptions config types processes meshes inputs compute sites hooks model conversion run "
+        "hooked harvest",
     ),
     "pictures": ("heatmaps, coloured texts and maps, as HTML and PNG", "atomic config grids extras sites"),
     "parity": ("the comparison with Hugging Face, in torch", "config types extras sites model conversion run"),
