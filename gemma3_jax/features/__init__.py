@@ -11,6 +11,7 @@ from gemma3_jax.features.normalizations import LayerNorm, UnitNorm
 from gemma3_jax.features.placement import shardings
 from gemma3_jax.features.saving import save
 from gemma3_jax.features.splicing import splice, steer
+from gemma3_jax.features.training import train
 
 # A method of every kind, in a file that needs those of the kinds.
 for _kind in (SparseAutoencoder, Transcoder, CrossLayerTranscoder, Crosscoder):
@@ -35,4 +36,5 @@ __all__ = [
     "shardings",
     "splice",
     "steer",
+    "train",
 ]

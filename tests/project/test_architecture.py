@@ -72,7 +72,8 @@ ROOMS = {
     ),
     "features": (
         "sparse autoencoders, transcoders, CLTs and crosscoders, in the formats of other tools",
-        "messages reading descriptions config types processes meshes inputs compute sites hooks conversion run hooked",
+        "messages reading descriptions config types processes meshes inputs compute sites hooks conversion cache "
+        "run hooked",
     ),
     "harvest": (
         "from a corpus to numbered units to a store of activations, and back",
