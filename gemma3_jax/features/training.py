@@ -18,7 +18,7 @@ from gemma3_jax.config import Gemma3Config
 from gemma3_jax.features.activations import Activation, JumpRelu, TopK
 from gemma3_jax.features.dictionaries import SparseAutoencoder, Transcoder, check_k
 from gemma3_jax.features.training_batches import Source, Store, Values, batches, source_of
-from gemma3_jax.features.training_step import Figures, Kind, Scaling, State, new_state, train_step
+from gemma3_jax.features.training_step import Figures, Kind, Scaling, State, new_state, threshold_of, train_step
 from gemma3_jax.sites.names import resolve
 
 _log = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ def _folded(
         (np.asarray(each.centre, np.float64), float(each.scale)) for each in (scalings[0], scalings[-1])
     )
     W_enc = weights["W_enc"] * (scale_in / scale_out)
-    threshold = np.exp(weights["log_threshold"]) if kind == "jumprelu" else np.asarray(state.threshold)
+    threshold = np.asarray(threshold_of(state.weights)) if kind == "jumprelu" else np.asarray(state.threshold)
     activation: Activation = TopK(k) if kind == "topk" else JumpRelu(jnp.asarray(threshold / scale_out, jnp.float32))
     arrays = {
         "W_enc": W_enc,

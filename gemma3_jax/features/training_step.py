@@ -24,7 +24,8 @@ Kind = Literal["batchtopk", "jumprelu", "topk"]
 Weights = dict[str, jax.Array]
 
 _AUXILIARY = 1 / 32  # weight of the auxiliary loss
-_BANDWIDTH = 0.1  # of the estimators of thresholds' gradients; products with a new encoder have a deviation of 1
+_HASTE = 10  # by how much faster thresholds learn than other weights
+_BANDWIDTH = 0.2  # of the estimators of thresholds' gradients; products with a new encoder have a deviation of 1
 _MEMORY = 0.99  # of the running mean of the smallest kept value
 _HALVINGS = 20
 # The rate is an argument of the step, so that other rates and numbers of steps do not compile anything.
@@ -54,7 +55,7 @@ class State:
 
     Attributes:
         weights: W_enc [i, f], b_enc [f], W_dec [f, o] with rows of length 1, b_dec [o]; log_threshold [f] in
-            "jumprelu".
+            "jumprelu", divided by _HASTE.
         optimizer: Adam's.
         idle: [f] int32, for how many steps each feature has not been active.
         kept: [] the running mean of the smallest kept value, which began at 0.
@@ -100,7 +101,7 @@ def new_state(values: tuple[jax.Array, ...], width: int, kind: Kind, k: int, see
     weights = {"W_enc": W_enc, "b_enc": jnp.zeros(width), "W_dec": W_dec, "b_dec": jnp.zeros(W_dec.shape[1])}
     if kind == "jumprelu":  # as many active features as wanted, from the start
         first = smallest_kept(_products(weights, x), k * len(x), axis=None)
-        weights["log_threshold"] = jnp.full(width, jnp.log(jnp.maximum(first, _BANDWIDTH)).squeeze())
+        weights["log_threshold"] = jnp.full(width, jnp.log(jnp.maximum(first, _BANDWIDTH)).squeeze() / _HASTE)
     idle, zero = jnp.zeros(width, jnp.int32), jnp.zeros(())
     return State(weights, _OPTIMIZER.init(weights), idle, zero, jnp.zeros((), jnp.int32))
 
@@ -155,7 +156,7 @@ def _loss(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """The loss, and the features [n, f] and errors [n, o]."""
     z = _products(weights, x)
-    f, penalty = _features(weights, z, kind, k)
+    f, penalty = _features(weights, z, dead, kind, k)
     # [n, f] x [f, o] -> [n, o]
     error = y - matmul("nf,fo->no", f, weights["W_dec"]) - weights["b_dec"]
     missing = jax.lax.stop_gradient(error)
@@ -169,12 +170,14 @@ def _products(weights: Weights, x: jax.Array) -> jax.Array:
     return matmul("ni,if->nf", x, weights["W_enc"]) + weights["b_enc"]
 
 
-def _features(weights: Weights, z: jax.Array, kind: Kind, k: int) -> tuple[jax.Array, jax.Array | float]:
+def _features(
+    weights: Weights, z: jax.Array, dead: jax.Array, kind: Kind, k: int
+) -> tuple[jax.Array, jax.Array | float]:
     """The features [n, f], and a penalty on their number."""
     if kind != "jumprelu":
         many, axis = (k, 1) if kind == "topk" else (k * len(z), None)
         return jnp.where(z > smallest_kept(z, many, axis), z, 0.0), 0.0
-    threshold = jnp.exp(weights["log_threshold"])
+    threshold = threshold_of(weights)
     fixed = jax.lax.stop_gradient(threshold)
     change = threshold - fixed  # 0, with a gradient
     # [n, f]: an estimate of the density of products at the threshold, by which a change of it changes what is kept
@@ -182,7 +185,9 @@ def _features(weights: Weights, z: jax.Array, kind: Kind, k: int) -> tuple[jax.A
     active = z > fixed
     f = jnp.where(active, z, 0.0) - near * fixed * change
     l0 = jnp.sum(active - near * change) / len(z)
-    return f, (l0 / k - 1) ** 2
+    # The threshold of a dead feature is far from any product, and would stay there
+    gap = jnp.mean(jnp.where(dead, jax.nn.relu(threshold - jax.lax.stop_gradient(z)), 0.0))
+    return f, (l0 / k - 1) ** 2 + gap
 
 
 def _auxiliary(W_dec: jax.Array, z: jax.Array, missing: jax.Array, dead: jax.Array) -> jax.Array:
@@ -192,6 +197,11 @@ def _auxiliary(W_dec: jax.Array, z: jax.Array, missing: jax.Array, dead: jax.Arr
     # [n, f] x [f, o] -> [n, o]
     left = missing - matmul("nf,fo->no", f, W_dec)
     return jnp.sum(left**2) / jnp.maximum(jnp.sum(missing**2), 1e-12)
+
+
+def threshold_of(weights: Weights) -> jax.Array:
+    """The thresholds [f] that are learned."""
+    return jnp.exp(_HASTE * weights["log_threshold"])
 
 
 def smallest_kept(z: jax.Array, many: int, axis: int | None) -> jax.Array:
