@@ -12,6 +12,7 @@ from gemma3_jax.features.placement import shardings
 from gemma3_jax.features.saving import save
 from gemma3_jax.features.searching import search
 from gemma3_jax.features.splicing import splice, steer
+from gemma3_jax.features.training import train
 
 # A method of every kind, in a file that needs those of the kinds.
 for _kind in (SparseAutoencoder, Transcoder, CrossLayerTranscoder, Crosscoder):
@@ -37,4 +38,5 @@ __all__ = [
     "shardings",
     "splice",
     "steer",
+    "train",
 ]

@@ -77,7 +77,7 @@ ROOMS = {
     ),
     "features": (
         "sparse autoencoders, transcoders, CLTs and crosscoders, in the formats of other tools",
-        "messages reading descriptions config types processes meshes inputs compute sites hooks model conversion run "
+        "messages reading descriptions config types processes meshes inputs compute sites hooks model conversion cache run "
         "hooked harvest",
     ),
     "pictures": ("heatmaps, coloured texts and maps, as HTML and PNG", "atomic config grids extras sites"),

@@ -85,3 +85,17 @@ def test_texts_of_a_file(monkeypatch, tmp_path, capsys):
     losses = lora.main(str(lora.TINY), tmp_path / "texts.tsv", steps=0, rank=2)
     assert "1 texts, 1 held out, 12,288 numbers" in capsys.readouterr().out
     np.testing.assert_array_equal(*losses)
+
+
+def test_features_are_trained(monkeypatch, tmp_path, capsys):
+    """They explain held-out texts, and are saved; after one step they do not. A file gives texts too."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import train_features
+
+    report, history = train_features.main(width=96, rows=64, steps=100, output=tmp_path / "sae")
+    assert capsys.readouterr().out.count("step ") == len(history) == 2
+    assert report.fvu < 0.3
+    assert train_features.main(width=96, rows=64, steps=1)[0].fvu > 0.5  # control
+    assert {file.name for file in (tmp_path / "sae").iterdir()} == {"config.json", "params.safetensors"}
+    (tmp_path / "texts.txt").write_text("ba ke\n\nlo mu\nti\n", "utf-8")
+    assert train_features.texts_of(None, tmp_path / "texts.txt", rows=0) == (["ba ke", "lo mu"], ["ti"])
