@@ -84,7 +84,7 @@ def _pieces(source: Source, once: bool) -> Iterator[Values]:
     for number in itertools.count():
         empty = True
         for piece in source.passes(number):
-            empty = False
+            empty = empty and not len(piece[0])
             yield piece
         if once or empty:
             return

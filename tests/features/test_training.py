@@ -222,6 +222,7 @@ WRONG = [
     (([(X, X)], 8), {"site_in": SITE, "k": 2}, "site_out="),
     (([X], 8), {"site_in": SITE, "site_out": OUT, "k": 2}, r"pairs \(x, y\)"),
     (("text", 8), {"site_in": SITE, "k": 2}, "an array"),
+    (([X[:0]], 8), {"site_in": SITE, "k": 2, "steps": 3}, "do not fill a batch"),
     (([], 8), {"site_in": SITE, "k": 2}, "no batch"),
 ]
 
