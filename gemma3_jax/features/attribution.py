@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma3_jax.descriptions import Described, Description, fields_of
 from gemma3_jax.features.parts import LAYERED, Part, parts_of, written
 from gemma3_jax.features.placement import Dictionary
 from gemma3_jax.features.unchecked import warn_if_unchecked
@@ -28,6 +29,7 @@ from gemma3_jax.run.gradients import Metric, differentiable, gradients, scalar
 from gemma3_jax.run.request import Request
 from gemma3_jax.types import IntegersLike, Params
 
+_SHOWN = 5  # scores of each dictionary
 # By written site, the gradient of the metric there: [..., d].
 Gradients = Mapping[str, jax.Array]
 
@@ -46,9 +48,9 @@ class FeatureScores(NamedTuple):
     activations: jax.Array
 
 
-@flax.struct.dataclass
-class FeatureAttribution:
-    """The result of `feature_attribution`.
+@flax.struct.dataclass(repr=False)
+class FeatureAttribution(Described):
+    """The result of `feature_attribution`. At the prompt it shows the largest scores of each dictionary.
 
     Attributes:
         metric: [] float32, its value in the run.
@@ -60,6 +62,20 @@ class FeatureAttribution:
     metric: jax.Array
     of: tuple[FeatureScores, ...]
     missing: jax.Array | None
+
+    def _description(self) -> Description:
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self)):
+            return Description("FeatureAttribution", fields_of(self))
+        left = "" if self.missing is None else f", missing {float(np.mean(self.missing)):+.3g}"
+        title = f"FeatureAttribution: metric {float(np.mean(self.metric)):.4g}{left}; the largest scores"
+        rows = []
+        for number, (scores, indices, _) in enumerate(self.of):
+            for at in np.argsort(-np.abs(scores), axis=None)[:_SHOWN]:
+                *token, place = map(int, np.unravel_index(at, scores.shape))
+                feature = place if indices is None else int(indices[*token, place])
+                score = float(scores[*token, place])
+                rows.append((f".of[{number}]", f"feature {feature}", f"at {token}", f"{score:+.4g}"))
+        return Description(title, tuple(rows))
 
 
 def feature_attribution(

@@ -1,5 +1,6 @@
 """Scores of features are the derivatives that splicing measures."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -54,6 +55,19 @@ def test_the_largest_scores(model, found):
     np.testing.assert_allclose(first.scores, jnp.take_along_axis(dense.scores, first.indices, -1), atol=1e-5)
     np.testing.assert_allclose(first.activations, jnp.take_along_axis(dense.activations, first.indices, -1), atol=1e-5)
     np.testing.assert_allclose(jnp.abs(first.scores), -jnp.sort(-jnp.abs(dense.scores))[..., :4], atol=1e-5)
+
+
+def test_it_shows_the_largest_scores(found, model):
+    """Five of each dictionary, with the feature and the token (of a CLT, layer and token), not all numbers."""
+    shown = repr(found).splitlines()
+    assert len(shown) == 1 + 5 * len(HERE)
+    scores = np.asarray(found.of[0].scores)
+    b, p, f = np.unravel_index(np.argmax(np.abs(scores)), scores.shape)
+    assert shown[1].split() == [".of[0]", "feature", str(f), "at", f"[{b},", f"{p}]", f"{scores[b, p, f]:+.4g}"]
+    few = features.feature_attribution(model, ROW, metric, [make() for make in HERE], k=5)
+    assert repr(few).splitlines()[1:] == shown[1:]
+    assert "<table" in found._repr_html_()
+    jax.jit(lambda found: repr(found) and found.metric)(found)  # traced values have none
 
 
 def test_integrated_gradients_sum_to_the_change(model):
