@@ -22,7 +22,9 @@ _CALLS = ("jit", "pjit")
 
 
 def with_numbers_as_inputs(jaxpr: jex.Jaxpr) -> tuple[jex.Jaxpr, list[np.ndarray]]:
-    """The jaxpr with the floating-point literals of its equations as additional constants, and their values.
+    """The jaxpr with the floating-point literals of its equations as inputs, and their values.
+
+    Its first inputs are the constants that it had, then these numbers.
 
     >>> import jax
     >>> jaxpr = jax.make_jaxpr(lambda x: 2.0 * x + x ** 0.3)(1.0).jaxpr
@@ -34,7 +36,7 @@ def with_numbers_as_inputs(jaxpr: jex.Jaxpr) -> tuple[jex.Jaxpr, list[np.ndarray
 
 
 def with_integers_as_inputs(jaxpr: jex.Jaxpr) -> tuple[jex.Jaxpr, list[np.ndarray]]:
-    """The jaxpr with the integer literals of its equations as additional constants, and their values.
+    """The jaxpr with the integer literals of its equations as its first inputs, and their values.
 
     Arithmetic of integers has the same bits in either form. Indices that are inputs can no longer be checked.
     """
@@ -56,7 +58,7 @@ def _lifted(
                 variables.append(variable)
                 numbers.append(np.asarray(x.val, aval_of(x).dtype))
         equations.append(equation.replace(invars=operands))
-    return jaxpr.replace(eqns=equations, constvars=[*jaxpr.constvars, *variables]), numbers
+    return jaxpr.replace(eqns=equations, constvars=[], invars=[*jaxpr.constvars, *variables, *jaxpr.invars]), numbers
 
 
 def _is_number(x: jex.Literal) -> bool:

@@ -120,8 +120,7 @@ def _longer(
     closed = _rebuilt(jaxpr, axes, columns)
     lifted, numbers = with_numbers_as_inputs(closed.jaxpr)
     lifted, integers = with_integers_as_inputs(lifted)
-    lifted = lifted.replace(constvars=[], invars=[*lifted.constvars, *lifted.invars])
-    return as_computation(lifted, computation.results), (*closed.consts, *numbers, *integers)
+    return as_computation(lifted, computation.results), (*integers, *closed.consts, *numbers)
 
 
 def _solved(jaxpr: jex.Jaxpr, arrays: int, growing: Growing, results: Growing | None) -> Axes:

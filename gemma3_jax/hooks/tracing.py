@@ -135,8 +135,6 @@ def traced(
                 jnp.negative(const)  # raises if the constant is from a finished trace
         jaxpr, numbers = with_numbers_as_inputs(closed.jaxpr)
         arrays = (*map(_plain, closed.consts), *numbers, *data.values())
-        # Arrays in this order, then the inputs.
-        jaxpr = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
         computation = _computation(jaxpr, jax.tree.structure(results), where, watched)
     _check_indices(computation, arrays, where)
     return Traced(arrays, computation)
