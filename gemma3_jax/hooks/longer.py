@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from gemma3_jax.hooks.axes import RULES, Axes, DependsOnLength
+from gemma3_jax.hooks.axes import Axes, DependsOnLength
+from gemma3_jax.hooks.axis_rules import RULES, follow
 from gemma3_jax.hooks.indices import called, may_index
 from gemma3_jax.hooks.interception import Hook
 from gemma3_jax.hooks.lifting import with_integers_as_inputs, with_numbers_as_inputs
@@ -130,7 +131,7 @@ def _solved(jaxpr: jex.Jaxpr, arrays: int, growing: Growing, results: Growing | 
     for x, grow in zip(jaxpr.invars[arrays:], growing, strict=True):
         axes.set_all(x, grow)
     for equation in jaxpr.eqns:
-        axes.follow(equation)
+        follow(equation, axes)
     axes.close(None if results is None else list(zip(jaxpr.outvars, results, strict=True)))
     return axes
 
