@@ -24,7 +24,7 @@ from gemma3_jax.harvest.documents import documents
 from gemma3_jax.harvest.errors import StoreError
 from gemma3_jax.harvest.files import MANIFEST
 from gemma3_jax.harvest.sources import Corpus, digest_of
-from gemma3_jax.harvest.units import Keep, Layout, Plan
+from gemma3_jax.harvest.units import KEPT, Keep, Layout, Plan
 from gemma3_jax.hooked.protocol import Model
 from gemma3_jax.hooks.interception import Hook
 from gemma3_jax.hooks.reductions import Steps
@@ -173,6 +173,12 @@ def check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> Non
             f"{out} has the activations of another run: {'; '.join(several)}{more}. Give the same arguments to "
             "continue it, or another folder"
         )
+
+
+def bytes_of_token(arrays: list[Array]) -> int:
+    """The bytes that a kept token takes in the store."""
+    beside = sum(np.dtype(dtype).itemsize for dtype in KEPT.values())
+    return beside + sum(array.bytes for array in arrays if array.axis is not None)
 
 
 def arrays_in(manifest: Mapping[str, Any]) -> list[Array]:

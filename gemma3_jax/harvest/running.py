@@ -29,6 +29,7 @@ from gemma3_jax.harvest.errors import StoreError
 from gemma3_jax.harvest.manifest import (
     Array,
     arrays_in,
+    bytes_of_token,
     check_same,
     new_manifest,
     read_manifest,
@@ -38,7 +39,7 @@ from gemma3_jax.harvest.manifest import (
 from gemma3_jax.harvest.packing import Pack
 from gemma3_jax.harvest.parts import Claim, part_of, remove_claims, units_of
 from gemma3_jax.harvest.sources import Corpus, as_corpus
-from gemma3_jax.harvest.units import KEPT, Keep, Layout, Plan, Unit, make_plan, make_unit
+from gemma3_jax.harvest.units import Keep, Layout, Plan, Unit, make_plan, make_unit
 from gemma3_jax.hooked.hooked import HookedGemma3
 from gemma3_jax.inputs import Inputs
 from gemma3_jax.run.selection import ReducedCapture
@@ -270,12 +271,6 @@ def _estimate(arrays: list[Array], tokens: int, out: Path) -> str:
     if each * tokens > room:
         _log.warning("the harvest takes up to %s, and %s has %s free", size_text(each * tokens), out, size_text(room))
     return f"{size_text(each)} a token, at most {size_text(each * tokens)}, {size_text(room)} free"
-
-
-def bytes_of_token(arrays: list[Array]) -> int:
-    """The bytes that a kept token takes in the store."""
-    beside = sum(np.dtype(dtype).itemsize for dtype in KEPT.values())
-    return beside + sum(array.bytes for array in arrays if array.axis is not None)
 
 
 def _bar(progress: bool | None, **options: Any) -> Any:

@@ -20,7 +20,7 @@ from gemma3_jax.config import Gemma3Config
 from gemma3_jax.descriptions import Described, Description, size_text
 from gemma3_jax.harvest import files
 from gemma3_jax.harvest.errors import StoreError
-from gemma3_jax.harvest.manifest import Array, arrays_in, read_manifest
+from gemma3_jax.harvest.manifest import Array, arrays_in, bytes_of_token, read_manifest
 from gemma3_jax.harvest.shuffled import Shuffled
 from gemma3_jax.harvest.units import KEPT
 from gemma3_jax.hooks.reductions import Int8Values
@@ -201,11 +201,9 @@ class ActivationStore(Described):
 
     def _description(self) -> Description:
         there, units = len(self._units), self.manifest["units"]
-        each = sum(array.bytes for array in self._arrays if array.axis is not None)
-        each += sum(np.dtype(dtype).itemsize for dtype in KEPT.values())
         title = (
             f"ActivationStore: {len(self):,} tokens of {self.manifest['corpus']['documents']:,} documents, {there:,} "
-            f"of {units:,} units, {size_text(each)} a token"
+            f"of {units:,} units, {size_text(bytes_of_token(self._arrays))} a token"
         )
         rows = [(array.key, f"{[self._ends(array.key)[-1], *array.shape]} {array.dtype}") for array in self._arrays]
         return Description(title, tuple(rows))
