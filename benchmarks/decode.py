@@ -1,4 +1,4 @@
-"""Generation against Hugging Face's `generate` in one run: plain, steered, and with the residual stream captured.
+"""Generation against Hugging Face's `generate` in one run: plain, steered, with residual streams captured, and sampled.
 
 Axes: b batch, p tokens of the prompt, n new tokens.
 """
@@ -57,6 +57,7 @@ def measure(settings: Settings, dtype: str, b: int, p: int, n: int) -> Row:
         "port": port(),
         "port, steered": port(edits=steer),
         "port, residuals kept": port(capture=RESIDUALS),
+        "port, top-p": port(temperature=1.0, top_p=0.9),
         "HF": lambda: written(hf, torch_ids, n),
         "HF, steered": hooked(lambda: peers.steered(hf, layer, vector)),
         "HF, residuals kept": hooked(lambda: residuals_kept(hf, config.num_hidden_layers)),
@@ -75,6 +76,7 @@ def measure(settings: Settings, dtype: str, b: int, p: int, n: int) -> Row:
         Figure("best peer / port", best / seconds["port"], 1.5 if b == 1 else None),
         added("a steering edit adds", seconds["port, steered"], seconds["port"], 0.03),
         added("keeping residuals adds", seconds["port, residuals kept"], seconds["port"]),
+        added("sampling with top-p adds", seconds["port, top-p"], seconds["port"]),
     )
     return Row(f"batch {b}, {p} tokens and {n} new", dtype, seconds, figures, flops, read, 0.7)
 
