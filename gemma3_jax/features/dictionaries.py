@@ -27,18 +27,7 @@ from gemma3_jax.types import PyTree
 
 @flax.struct.dataclass(kw_only=True, repr=False)
 class _Dictionary(Described):
-    """What both kinds have.
-
-    Attributes:
-        W_enc: [d, f].
-        b_enc: [f].
-        W_dec: [f, d], with the features of the output.
-        b_dec: [d].
-        activation: from the encoder's products to features.
-        site_in: canonical name of the site whose value is encoded.
-        normalization: of the input, before the encoder; or None.
-        subtracts_b_dec: whether `b_dec` is subtracted from the normalized input before the encoder.
-    """
+    """What both kinds have; attributes as in `Transcoder`."""
 
     W_enc: jax.Array
     b_enc: jax.Array

@@ -160,7 +160,7 @@ class HookedGemma3(Described):
         )
         config = dataclasses.replace(config, allow_truncated_logits=allow_truncated_logits)
         # The parameters are on the mesh already; only stacked ones are placed again.
-        params = dict(params)
+        params = dict(params)  # of our own, which stacking may empty
         params = stack_and_empty(config, params) if scan_layers else params
         return cls(config, params, text_tokenizer, mesh=mesh if scan_layers else None)
 
@@ -189,7 +189,7 @@ class HookedGemma3(Described):
             ConfigError, CheckpointError: the model is not a Gemma 3, or its weights cannot be converted.
         """
         config, params = convert_model(model, dtype)
-        params = dict(params)
+        params = dict(params)  # as above
         return cls(config, stack_and_empty(config, params) if scan_layers else params, tokenizer, mesh=mesh)
 
     def tree_flatten_with_keys(self) -> tuple[list[tuple[Hashable, Params]], tuple[Gemma3Config, Tokenizer | None]]:
