@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from gemma3_jax.compute.matmul import matmul
@@ -21,6 +22,7 @@ from gemma3_jax.descriptions import Described, Description
 from gemma3_jax.features.activations import Activation
 from gemma3_jax.features.largest import largest
 from gemma3_jax.features.normalizations import Normalization
+from gemma3_jax.inputs import as_array
 from gemma3_jax.meshes import set_mesh_of
 from gemma3_jax.types import PyTree
 
@@ -84,17 +86,17 @@ class _Dictionary(Described):
         Raises:
             ValueError: f does not have the width; or an autoencoder has a normalization, and there is no x.
         """
-        f = jnp.asarray(f)
+        f = jnp.asarray(as_array(f))
         if f.shape[-1:] != (self.width,):
             raise ValueError(f"the features have shape {f.shape}; the last axis must be the width, {self.width}")
         if x is not None:
-            return self._shaped(_decode(self, f, self.flat(x)), jnp.shape(x))
+            return self._shaped(_decode(self, f, self.flat(x)), np.shape(x))
         self._check_without_input()
         return _decode(self, f, None)
 
     def __call__(self, x: ArrayLike) -> jax.Array:
         """The output for an input: `decode(encode(x), x)`."""
-        return self._shaped(_reconstruct(self, self.flat(x)), jnp.shape(x))
+        return self._shaped(_reconstruct(self, self.flat(x)), np.shape(x))
 
     def _description(self) -> Description:
         reads, writes = ((name, f"{d:,}") for name, d in zip(self._sites, self._sizes, strict=True))
@@ -113,7 +115,7 @@ class _Dictionary(Described):
 
     def flat(self, x: ArrayLike) -> jax.Array:
         """[..., d], of that or of [..., h, e]."""
-        x, d = jnp.asarray(x), self.W_enc.shape[0]
+        x, d = jnp.asarray(as_array(x)), self.W_enc.shape[0]
         if x.shape[-1:] == (d,):
             return x
         if x.ndim > 1 and x.shape[-2] * x.shape[-1] == d:

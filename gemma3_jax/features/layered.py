@@ -26,6 +26,7 @@ from gemma3_jax.descriptions import Described, Description
 from gemma3_jax.features.activations import Activation
 from gemma3_jax.features.dictionaries import check_k, on_mesh_of
 from gemma3_jax.features.largest import largest
+from gemma3_jax.inputs import as_array
 from gemma3_jax.reading import release
 
 # Bytes of decoder rows that are in memory at once when they are read from a file.
@@ -91,7 +92,7 @@ class _Layered(Described):
         Raises:
             ValueError: f does not have the layers or the width.
         """
-        f = jnp.asarray(f)
+        f = jnp.asarray(as_array(f))
         if f.ndim < 2 or f.shape[0] != len(self.W_enc) or f.shape[-1] != self.width:
             raise ValueError(f"the features have shape {f.shape}; they must be [{len(self.W_enc)}, ..., {self.width}]")
         mapped = [W for W in self.W_dec if isinstance(W, np.ndarray)]
@@ -121,7 +122,8 @@ class _Layered(Described):
     def _inputs(self, x: Inputs) -> Layers:
         """The values of the layers, each [..., d]."""
         values: Any = [x[name] for name in self.site_in] if isinstance(x, Mapping) else x
-        inputs, layers, d = tuple(map(jnp.asarray, values)), len(self.W_enc), self.W_enc[0].shape[0]
+        inputs = tuple(jnp.asarray(as_array(value)) for value in values)
+        layers, d = len(self.W_enc), self.W_enc[0].shape[0]
         if len(inputs) != layers or {value.shape[-1:] for value in inputs} != {(d,)}:
             shapes = [value.shape for value in inputs]
             raise ValueError(

@@ -17,7 +17,7 @@ from gemma3_jax.features.activations import Activation
 from gemma3_jax.features.dictionaries import SparseAutoencoder, Transcoder
 from gemma3_jax.features.layered import Crosscoder, CrossLayerTranscoder
 from gemma3_jax.features.placement import Dictionary
-from gemma3_jax.hooks.restrictions import as_index, check_range
+from gemma3_jax.hooks.restrictions import as_index
 from gemma3_jax.sites.names import layer_of
 
 LAYERED = CrossLayerTranscoder | Crosscoder
@@ -109,7 +109,8 @@ def reader_of(sae: Dictionary, feature: Any) -> tuple[int | None, np.ndarray | j
     index = as_index("the feature", feature, booleans=False)
     if index.ndim:
         raise ValueError(f"the feature is {feature!r}; give one index")
-    check_range("the feature", index, sae.width, "the dictionary")
+    if not isinstance(index, jax.core.Tracer) and not -sae.width <= index < sae.width:
+        raise ValueError(f"the feature is {feature!r}; the dictionary has {sae.width:,} features, counted from 0")
     return layer, index
 
 

@@ -21,6 +21,7 @@ from gemma3_jax.hooks.edits import Add
 from gemma3_jax.hooks.interception import Edit, Hook, Reading
 from gemma3_jax.hooks.restrictions import Index
 from gemma3_jax.hooks.restrictions import only as restricted
+from gemma3_jax.inputs import as_array
 from gemma3_jax.sites.table import site
 
 Pair: TypeAlias = tuple[str, Edit]
@@ -168,7 +169,7 @@ def steer(
     parts = {name: parts[reader] for name, parts in parts_of(sae).items() if reader in parts}
     rows = {name: restricted_to(part, jnp.asarray(index)[None]) for name, part in parts.items()}
     lengths = {name: jnp.linalg.norm(part.decoder) for name, part in rows.items()}
-    strength = jnp.asarray(strength, jnp.float32)
+    strength = jnp.asarray(as_array(strength), jnp.float32)
     pairs: list[Pair] = []
     for name, part in rows.items():
         share = lengths[name] / jnp.maximum(jnp.max(jnp.stack([*lengths.values()])), 1e-30) if relative else 1.0

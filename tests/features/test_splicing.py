@@ -178,7 +178,10 @@ def test_gradients_reach_features():
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda: features.splice(sae(), set={24: 1.0}), "has 24; at the dictionary there are 24"),
+        (
+            lambda: features.splice(sae(), set={24: 1.0}),
+            "the feature is 24; the dictionary has 24 features, counted from 0",
+        ),
         (lambda: features.splice(sae(), set={3: 1.0}, ablate=[3]), "feature 3 is changed twice"),
         (lambda: features.splice(clt(), set={3: 1.0}), r"it is \(layer, index\)"),
         (lambda: features.splice(crosscoder()), "layers before"),
