@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.descriptions import Description
+from gemma3_jax.processes import to_host
 
 
 class Grid(np.ndarray):
@@ -91,3 +93,21 @@ class Grid(np.ndarray):
         if axis in self.labels:
             return self.labels[axis][i]
         return f"{i} {self.tokens[i]!r}" if self.tokens is not None and axis in ("pos", "src_pos") else str(i)
+
+
+def named_grid(
+    values: np.ndarray | jax.Array,
+    axes: Sequence[str],
+    what: str,
+    labels: Mapping[str, Sequence[str]] | None = None,
+    tokens: Sequence[str] | None = None,
+    config: Gemma3Config | None = None,
+) -> np.ndarray:
+    """The `Grid` of these values, in host memory; inside `jit`, where no values are known, the values as they are.
+
+    >>> named_grid(jax.numpy.ones(2), ("layer",), "scores").axes
+    ('layer',)
+    """
+    if isinstance(values, jax.core.Tracer):
+        return values  # type: ignore[return-value]  # JAX accepts it wherever it accepts an array
+    return Grid(to_host(values), axes, what, labels, tokens, config)

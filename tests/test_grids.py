@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from gemma3_jax import edits, patching, pictures
-from gemma3_jax.analysis import path_patching, sweep
+from gemma3_jax.analysis import attribution_patching, detect_heads, edge_attribution, path_patching, sweep
 from gemma3_jax.grids import Grid
 from tests.placing.everything import two_layers
 
 CLEAN, CORRUPTED = "ba ke lo mu ba ke", "ba ke re mu ba ke"
+HEADS = ("layer", "head")
 
 
 @functools.cache
@@ -55,6 +56,28 @@ def test_it_is_an_array():
     assert type(grid.max()) is type(grid[0, 0]) is type(np.nanmean(grid)) is np.float32
     grid[0, 0] = 5
     assert grid.max() == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "axes", "place"),
+    [
+        ("attribution patching z", lambda *run: attribution_patching(*run, "z", HEADS), "layer head", "head"),
+        ("edge attribution", edge_attribution, "sender receiver", "receiver"),
+        ("induction_head", lambda model, x, *_: detect_heads(model, x, "induction_head"), "layer head", "head"),
+    ],
+)
+def test_scores_of_one_run_say_it_too(name, call, axes, place):
+    """Attribution and head scores have names; pictures draw them without other arguments; under jit they stay JAX's."""
+    grid = call(tiny(), CORRUPTED, CLEAN, logit)
+    assert grid.axes == tuple(axes.split())
+    assert repr(grid).startswith(f"{name}: {' x '.join(grid.axes)}, {list(grid.shape)} float32\n")
+    assert place in repr(grid).splitlines()[1]
+    assert np.ptp(grid) > 0
+    pictures.patching_heatmap(grid)
+    with jax.checking_leaks():
+        traced = jax.jit(lambda model: call(model, CORRUPTED, CLEAN, logit))(tiny())
+    assert isinstance(traced, jax.Array)
+    np.testing.assert_allclose(traced, grid, atol=1e-5 * np.abs(grid).max())
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma3_jax.analysis import nodes
-from gemma3_jax.analysis.patching import Axis, clean_cache, grid_letters
+from gemma3_jax.analysis.patching import Axis, clean_cache, grid_letters, grid_of_inputs
 from gemma3_jax.analysis.paths import reads_at
 from gemma3_jax.cache.activations import ActivationCache
 from gemma3_jax.compute.matmul import matmul
+from gemma3_jax.grids import named_grid
 from gemma3_jax.hooked.hooked import HookedGemma3
 from gemma3_jax.hooked.requests import request_of, traced_metric
 from gemma3_jax.hooked.tokenizer import Input
@@ -44,7 +45,7 @@ def attribution_patching(
     *,
     attention_mask: IntegersLike | None = None,
     logits_at: IntegersLike | None = None,
-) -> jax.Array | dict[str, jax.Array]:
+) -> np.ndarray | dict[str, np.ndarray]:
     """How much the metric would change with each clean activation patched in, to first order.
 
     This is `(clean - corrupted) . gradient`, summed over the axes that are not in `by`, with the gradient of the
@@ -67,7 +68,8 @@ def attribution_patching(
         logits_at: positions at which the metric needs logits; see `forward`.
 
     Returns:
-        Float32, one axis for each of `by`: [L, p], [L, h], ... With several names, a dictionary of these by name.
+        Float32, one axis for each of `by`: [L, p], [L, h], ... It is a NumPy array that shows its extremes. With
+        several names, a dictionary of these by name.
 
     >>> from gemma3_jax import TINY, HookedGemma3
     >>> model = HookedGemma3.from_pretrained(TINY, dtype="float32")
@@ -91,7 +93,8 @@ def attribution_patching(
         clean_cache(model, clean, tuple(globs.values()), inputs, attention_mask),
         sites=tuple((each, globs[each], reductions[each]) for each in names),
     )
-    return scores[name] if isinstance(name, str) else scores
+    grids = {each: grid_of_inputs(x, by, f"attribution patching {each}", model, inputs) for each, x in scores.items()}
+    return grids[name] if isinstance(name, str) else grids
 
 
 def _attributions(
@@ -122,7 +125,7 @@ def edge_attribution(
     *,
     attention_mask: IntegersLike | None = None,
     logits_at: IntegersLike | None = None,
-) -> jax.Array:
+) -> np.ndarray:
     """How much the metric would change if each edge between two components became clean, to first order.
 
     This estimates `path_patching` from each sender to each receiver. It multiplies the change that the sender's clean
@@ -140,7 +143,7 @@ def edge_attribution(
 
     Returns:
         [s, r] float32, for `nodes.senders(config)` and `nodes.receivers(config)`; 0 where the receiver does not
-        read the sender's output.
+        read the sender's output. It is a NumPy array that shows its extremes.
 
     >>> from gemma3_jax import TINY, HookedGemma3
     >>> from gemma3_jax.analysis import nodes
@@ -152,7 +155,10 @@ def edge_attribution(
     inputs, written_at = model.inputs(corrupted, attention_mask), nodes.sites_written(model.config)
     request = request_of(model, inputs, written_at, logits_at=logits_at)
     cache = clean_cache(model, clean, written_at, inputs, attention_mask)
-    return run_compiled(_edges, model.params, request, traced_metric(model, request, metric, check=scalar), cache)
+    scores = run_compiled(_edges, model.params, request, traced_metric(model, request, metric, check=scalar), cache)
+    ends = nodes.senders(model.config), nodes.receivers(model.config)
+    labels = dict(zip(("sender", "receiver"), ([str(node) for node in each] for each in ends), strict=True))
+    return named_grid(scores, tuple(labels), "edge attribution", labels, config=model.config)
 
 
 def _edges(params: Params, request: Request, metric: Traced, clean: ActivationCache) -> jax.Array:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from gemma3_jax.grids import named_grid
 from gemma3_jax.hooked.buckets import longest
 from gemma3_jax.hooked.hooked import HookedGemma3
 from gemma3_jax.hooked.requests import request_of
@@ -36,9 +37,10 @@ def detect_heads(
     exclude_current_token: bool = False,
     error_measure: ErrorMeasure = "mul",
     attention_mask: IntegersLike | None = None,
-) -> jax.Array:
+) -> np.ndarray:
     """How well each head's attention pattern agrees with a given one: [L, h] float32, averaged over the batch.
 
+    The result is a NumPy array that shows its extremes; inside `jit`, a JAX array.
     The score of a row does not depend on its padding or on the other rows. Source: TransformerLens' `detect_head`,
     which has the same scores (rounded to three digits under "abs").
 
@@ -80,7 +82,9 @@ def detect_heads(
         expected = _checked(pattern, request.source, model.config.use_bidirectional_attention)
         expected = jnp.pad(expected, ((0, 0), (0, extra), (0, extra))) if extra else expected
     compared = _compared(tokens, mask, documents, exclude_bos, exclude_current_token)
-    return run_compiled(_scores, model.params, wide, expected, compared, error_measure=error_measure)
+    scores = run_compiled(_scores, model.params, wide, expected, compared, error_measure=error_measure)
+    what = pattern if isinstance(pattern, str) else "attention on a pattern"
+    return named_grid(scores, ("layer", "head"), what, config=model.config)
 
 
 def detection_pattern(

@@ -22,7 +22,7 @@ import numpy as np
 from gemma3_jax.analysis.sweeps import SweepOptions, measured_sweep
 from gemma3_jax.cache.activations import ActivationCache
 from gemma3_jax.cache.components import require_whole
-from gemma3_jax.grids import Grid
+from gemma3_jax.grids import named_grid
 from gemma3_jax.hooked.hooked import HookedGemma3
 from gemma3_jax.hooked.tokenizer import Input, spelled_tokens
 from gemma3_jax.hooks.edits import FromCache, Only, only
@@ -113,16 +113,21 @@ def _grid(
         return jnp.full(present.shape, jnp.nan).at[np.flatnonzero(present)].set(values).reshape(sizes), finished
     grid = np.full(present.shape, np.nan, np.float32)
     grid[present] = values
-    return _named(grid.reshape(sizes), by, name, model, inputs), finished
+    return grid_of_inputs(grid.reshape(sizes), by, f"patching {name}", model, inputs), finished
 
 
-def _named(
-    values: np.ndarray, by: Sequence[str], what: str, model: HookedGemma3, inputs: Inputs, **labels: Sequence[str]
-) -> Grid:
+def grid_of_inputs(
+    values: np.ndarray | jax.Array,
+    by: Sequence[str],
+    what: str,
+    model: HookedGemma3,
+    inputs: Inputs,
+    **labels: Sequence[str],
+) -> np.ndarray:
     """The result with the names of its axes, and the tokens if each position has one."""
     plain = inputs.tokens.shape[0] == 1 and inputs.attention_mask is inputs.positions is inputs.segment_ids is None
     tokens = spelled_tokens(model, inputs.tokens[0]) if plain and model.tokenizer is not None else None
-    return Grid(values, by, f"patching {what}", labels, tokens, model.config)
+    return named_grid(values, by, what, labels, tokens, model.config)
 
 
 def _has_a_token(inputs: Inputs, items: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -359,7 +364,7 @@ def _stacked(
         if not finished:
             break
     rest = [np.full_like(grids[0], np.nan) if resume is None else resume[i] for i in range(len(grids), len(keys))]
-    if isinstance(grids[0], jax.Array):  # traced
-        return jnp.stack(grids + rest)
     names, axes = [_TABLE[key][0] for key in keys], ("site", *_TABLE[keys[0]][1])
-    return _named(np.stack(grids + rest), axes, ", ".join(names), model, model.inputs(corrupted), site=names)
+    values = (jnp if isinstance(grids[0], jax.Array) else np).stack(grids + rest)  # JAX's if traced
+    what = f"patching {', '.join(names)}"
+    return grid_of_inputs(values, axes, what, model, model.inputs(corrupted), site=names)

@@ -17,7 +17,7 @@ from gemma3_jax.analysis.nodes import Kind, Node
 from gemma3_jax.analysis.patching import clean_cache
 from gemma3_jax.analysis.sweeps import SweepOptions, measured_sweep
 from gemma3_jax.cache.activations import ActivationCache
-from gemma3_jax.grids import Grid
+from gemma3_jax.grids import named_grid
 from gemma3_jax.hooked.hooked import HookedGemma3
 from gemma3_jax.hooked.tokenizer import Input
 from gemma3_jax.hooks.edits import Add, Only, only
@@ -89,10 +89,8 @@ def path_patching(
         "reads": np.asarray([[nodes.writes_before(s, r) for r in reading] for s in chosen], np.float32),
     }
     values = measured_sweep(model, inputs, _Patch(reading), items, metric, check=scalar, **options)[0]
-    if not isinstance(values, np.ndarray):  # traced
-        return values
     names = [" ".join(str(part) for part in sender if part is not None) for sender in chosen]
-    return Grid(values, ("sender",), "path patching", {"sender": names}, config=config)
+    return named_grid(values, ("sender",), "path patching", {"sender": names}, config=config)
 
 
 @flax.struct.dataclass

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 from tqdm.auto import tqdm
 
 from gemma3_jax.config import Gemma3Config
-from gemma3_jax.grids import Grid
+from gemma3_jax.grids import named_grid
 from gemma3_jax.hooked.hooked import HookedGemma3
 from gemma3_jax.hooked.requests import request_of, traced_metric
 from gemma3_jax.hooked.tokenizer import Input
@@ -122,9 +122,8 @@ def sweep(
         progress=progress,
         resume=resume,
     )[0]
-    if not isinstance(values, np.ndarray):  # traced
-        return values
-    return Grid(values, ("run", *(f"result {i}" for i in range(1, values.ndim))), "sweep", {"run": _item_texts(items)})
+    axes = "run", *(f"result {i}" for i in range(1, values.ndim))
+    return named_grid(values, axes, "sweep", {"run": _item_texts(items)})
 
 
 def _item_texts(items: PyTree) -> list[str]:
