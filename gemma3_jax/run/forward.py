@@ -163,6 +163,7 @@ def forward(
             None, or "embedding": the output of the config's `embedding_head`, in a run that has the sites of this head
             and not those of the unembedding. Its mean is over the tokens that `attention_mask` marks. The tokens must
             be those of `HookedGemma3.embed`, with BOS and EOS.
+            The logits of a loss are all in memory, 4 b p V bytes; `analysis.loss_per_token` makes them in pieces.
         remat: for gradients of long or large batches. The backward pass keeps only the residual stream that enters each
             block, and runs each block again. The result is the same. XLA:CPU undoes this unless layers are scanned.
 
