@@ -1,7 +1,7 @@
 """Compile quickly: most of the suite's time would go to optimising programs that run once.
 
-Processes that the tests start inherit most of this: few optimisations, torch's one thread, and that no compiled program
-is kept. Those that must run code as users do start with the environment of `tests.helpers.processes.as_users`.
+Processes that the tests start inherit the environment: few optimisations, torch's one thread, and that no compiled
+program is kept. Those that must run code as users do start with that of `tests.helpers.environment.as_users`.
 """
 
 import functools
@@ -9,33 +9,21 @@ import gc
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
-# Before torch is imported. Each test process has a core: torch's own threads would only wait for each other's.
-os.environ["OMP_NUM_THREADS"] = "1"
-# Before jax is imported. The command line keeps compiled programs in the home directory: no test reads or fills it.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-# The quick benchmarks, in a process of their own, take two thirds of their CPU time with it. Bits may differ.
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
-
-import jax
 import pytest
-from jax._src.interpreters import mlir
-from jaxlib import xla_client
-from jaxtyping import install_import_hook
 
 pytest.register_assert_rewrite("tests.helpers")  # their failed assertions show values too
 
-# The older emitters of XLA:CPU compile in two thirds of the time, and modules that are not split for several threads in
-# two thirds of that. An XLA that does not know a flag ends the process.
-FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-if version("jaxlib").startswith("0.10."):
-    given = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{given} {FLAGS}"
-    assert xla_client.CompileOptions().executable_build_options.debug_options  # reads the flags, once
-    os.environ["XLA_FLAGS"] = given
+from tests.helpers.environment import FLAGS, compile_quickly  # noqa: E402
 
+compile_quickly()
+
+import jax  # noqa: E402
+from jax._src.interpreters import mlir  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+if FLAGS:
     # JAX makes a context of MLIR for each program, in 6 ms. Most programs are single operations: one context for all
     # saves a tenth of the time and half of the memory.
     mlir.make_ir_context = functools.cache(mlir.make_ir_context)
@@ -62,14 +50,14 @@ def nothing_is_built_at_import():
 def few_programs():
     """Forget a file's programs, and, once there are many, the operations outside of jit that files share.
 
-    Linux gives a process 65,530 maps of memory, and XLA dies of one too many. Most files add some
-    hundreds, `test_kernels` adds 11,000.
+    Linux gives a process 65,530 maps of memory, and XLA dies of one too many. An operation takes four maps, and a
+    quarter of a megabyte. Most files add some hundreds of maps, `test_kernels` adds 11,000.
     """
     yield
     from gemma3_jax.run import compiled
 
     compiled._program.cache_clear()
-    if Path("/proc/self/maps").read_bytes().count(b"\n") > 6_000:
+    if Path("/proc/self/maps").read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
 
 
@@ -77,6 +65,7 @@ def pytest_collection_finish():
     """Keep what imports made out of garbage collection: torch, transformers and jax are millions of objects."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)  # by default, collections take a thirtieth of the time: tracing makes many objects
 
 
 def pytest_addoption(parser):

@@ -19,7 +19,7 @@ from gemma3_jax.generation.loop import generate
 from gemma3_jax.hooked.text_generation import decoded
 from gemma3_jax.inputs import padding_mask
 from tests.helpers.random_models import SMALL
-from tests.helpers.small_model import assert_same, same, small
+from tests.helpers.small_model import assert_same, at_once, same, small
 
 TEXTS = ["ba ke lo", "ba ke lo mu ti so re na"]
 RESID = "blocks.1.hook_resid_post"
@@ -75,10 +75,15 @@ KINDS = {
 }
 
 
+@functools.cache
+def logits_of_ids():
+    return at_once(forward, tiny().config, tiny().params, jnp.asarray(IDS))[0]
+
+
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_every_kind_of_ids(kind):
     """Ids are the same ids whatever holds them."""
-    assert_same(tiny()(kind(IDS)), forward(tiny().config, tiny().params, jnp.asarray(IDS))[0])
+    assert_same(tiny()(kind(IDS)), logits_of_ids())
     np.testing.assert_array_equal(tiny().generate(kind(IDS), 3, return_type="tokens"), tiny().generate(IDS, 3))
 
 
@@ -195,7 +200,7 @@ def test_a_mask_that_is_given_holds():
     """A mask of ones runs padding as text; one that hides more hides more."""
     tokens = np.asarray(tiny().to_tokens(TEXTS))
     ones = np.ones_like(tokens)
-    pure = forward(tiny().config, tiny().params, jnp.asarray(tokens))[0]
+    pure = at_once(forward, tiny().config, tiny().params, jnp.asarray(tokens))[0]
     assert_same(tiny()(tokens, attention_mask=ones), pure, 1e-6)
     assert_same(tiny()({"input_ids": tokens, "attention_mask": ones}), pure, 1e-6)
     assert not same(tiny()(tokens), pure, 1e-3)
@@ -207,14 +212,18 @@ def test_pure_functions_warn_of_padding_without_a_mask(side, caplog):
     model = tiny()
     row = [0, 0, 2, 10, 20] if side == "left" else [2, 10, 20, 0, 0]
     ids = np.array([[2, 10, 20, 30, 10], row])
-    for call in (forward, functools.partial(grad_at, capture="blocks.0.hook_out")):
+
+    def run(function, ids, **options):  # traced only: the warning depends on the ids alone, which are known
+        jax.eval_shape(lambda params: function(model.config, params, ids, **options), model.params)
+
+    for function in (forward, functools.partial(grad_at, capture="blocks.0.hook_out")):
         caplog.clear()
-        call(model.config, model.params, ids)
+        run(function, ids)
         [record] = caplog.records
         assert "row 1 begins or ends with the padding token 0" in record.getMessage()
     caplog.clear()
-    forward(model.config, model.params, ids[:1])
-    forward(model.config, model.params, ids, attention_mask=np.ones_like(ids))
+    run(forward, ids[:1])
+    run(forward, ids, attention_mask=np.ones_like(ids))
     model(ids)
     assert not caplog.records
 

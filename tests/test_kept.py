@@ -1,5 +1,6 @@
 """Compiled programs are kept for the next process, wherever that runs, unless the user has other settings for JAX."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,9 @@ print(jax.config.jax_compilation_cache_dir)
 """
 
 
-def run(home: Path, before: str = "", folder: Path | None = None, **variables: str) -> str:
+def run(home: Path, before: str = "", folder: Path | None = None, base: dict | None = None, **variables: str) -> str:
     """What such a process says is JAX's directory; programs that compile in less than a second are kept, too."""
-    environment = as_users() | {"JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(home)}
+    environment = (base or os.environ) | {"JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(home)}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(before=before)],
@@ -41,10 +42,10 @@ def test_a_process_in_another_folder_compiles_nothing(tmp_path):
     """So a notebook that moves, or a script beside it, starts as fast."""
     home, other = tmp_path / "home", tmp_path / "other"
     other.mkdir()
-    assert run(home) == str(home / "gemma3-jax")
+    assert run(home, base=as_users()) == str(home / "gemma3-jax")
     first = programs(home)
     assert any("run_and_cut" in name or "forward" in name for name in first)
-    run(home, folder=other)
+    run(home, folder=other, base=as_users())
     assert programs(home) == first
 
 

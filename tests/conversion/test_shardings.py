@@ -1,7 +1,6 @@
 """Parameters that are cut over devices have the bits of those on one device, whatever their source."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from gemma3_jax import TINY
 from gemma3_jax.conversion.gemma3 import entries
 from gemma3_jax.placing import make_mesh, param_shardings
 from tests.conversion.on_eight_devices import MODEL_SIZES
+from tests.helpers.environment import on_devices
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("adapter", "fp8", "gguf", "safetensors", "saved")
@@ -29,9 +29,8 @@ def results(gguf_file, tmp_path_factory) -> Path:
     """The directory with what a process with eight devices wrote; its report is held.json."""
     directory = tmp_path_factory.mktemp("eight")
     write_sources(directory / "sources", gguf_file)
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     command = [sys.executable, "-m", "tests.conversion.on_eight_devices", directory / "sources", directory]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=on_devices(8), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (directory / "held.json").write_text(done.stdout)
     return directory

@@ -1,6 +1,5 @@
 """Several processes of one program, as on several hosts, with so many devices in all."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -8,6 +7,8 @@ import time
 from pathlib import Path
 
 import jax
+
+from tests.helpers.environment import on_devices
 
 ROOT = Path(__file__).parents[2]
 DEVICES = 8
@@ -20,8 +21,7 @@ def run_in_processes(module: str, processes: int, directory: Path, devices: int 
     Raises:
         AssertionError: one of them failed; the message has what each printed.
     """
-    flags = f"--xla_force_host_platform_device_count={devices // processes}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment = on_devices(devices // processes)
     command = [sys.executable, "-m", module, str(processes)]
     port = str(_free_port())
     logs = [directory / f"{process}.log" for process in range(processes)]

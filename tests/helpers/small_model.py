@@ -35,6 +35,11 @@ def run(capture=(), edits=None, tokens=TOKENS, *arguments, **options):
     return forward(*small(), tokens, capture, edits, *arguments, **options)
 
 
+def at_once(function, config, params, *arguments, **options):
+    """`forward` or `grad_at` as one program: for a new shape, its operations one by one take four times as long."""
+    return jax.jit(lambda params: function(config, params, *arguments, **options))(params)
+
+
 def jitted():
     """Forward under a jit of its own, with what must be static as static arguments."""
     static = ("config", "capture", "stop_at_layer", "return_type")

@@ -1,6 +1,7 @@
 """Prompts run at the length of a bucket: exact shapes and numbers everywhere, and few programs."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from gemma3_jax.inputs import Inputs
 from gemma3_jax.run.request import new_request
 from tests.helpers.programs import programs
 from tests.helpers.random_models import SMALL, random_tokens
-from tests.helpers.small_model import COPIES, assert_same, difference, direction, same, small
+from tests.helpers.small_model import COPIES, assert_same, at_once, difference, direction, same, small
 
 RESIDUAL = "blocks.0.hook_resid_post"
 NEXT = ["blocks.1.attn.hook_pattern", "blocks.1.hook_out"]
@@ -84,7 +85,7 @@ def test_every_site_is_exact(p, b):
     hooked, tokens = model(), ids(p, b)
     names = "**" if p < 500 else ["blocks.*.hook_out", "blocks.0.attn.hook_rot_k"]
     logits, cache = hooked.run_with_cache(tokens, names)
-    expected, theirs = forward(*small(), tokens, names)
+    expected, theirs = at_once(forward, *small(), tokens, names)
     assert_same(logits, expected)
     assert_same_caches(cache, theirs)
     np.testing.assert_array_equal(cache.tokens, tokens)
@@ -96,14 +97,14 @@ def test_padding_of_the_user_stays(attention_mask):
     """On either side, and the losses and negative positions count real tokens only."""
     hooked, tokens = model(), ids(13)
     (logits, loss), cache = hooked.run_with_cache(tokens, return_type="both", attention_mask=attention_mask)
-    expected, theirs = forward(*small(), tokens, "**", attention_mask=attention_mask, return_type="both")
+    expected, theirs = at_once(forward, *small(), tokens, "**", attention_mask=attention_mask, return_type="both")
     assert_same(logits, expected[0])
     assert_same(loss, expected[1])
     assert_same_caches(cache, theirs)
     real = np.ones_like(tokens) if attention_mask is None else attention_mask
     np.testing.assert_array_equal(cache.attention_mask, real)
     last = hooked(tokens, attention_mask=attention_mask, logits_at=[-1, 0])
-    assert_same(last, forward(*small(), tokens, attention_mask=attention_mask, logits_at=[-1, 0])[0])
+    assert_same(last, at_once(forward, *small(), tokens, attention_mask=attention_mask, logits_at=[-1, 0])[0])
 
 
 def test_texts_of_a_batch_far_beyond_a_window_stay():
@@ -112,14 +113,14 @@ def test_texts_of_a_batch_far_beyond_a_window_stay():
     mask = np.asarray([[1] * 2 + [0] * (p - 2), [1] * p], np.int32)
     hooked, tokens = model(), ids(p)
     _, cache = hooked.run_with_cache(tokens, attention_mask=mask)
-    assert_same_caches(cache, forward(*small(), tokens, "**", attention_mask=mask)[1])
+    assert_same_caches(cache, at_once(forward, *small(), tokens, "**", attention_mask=mask)[1])
 
 
 def test_gradients_are_exact():
     hooked, tokens = model(), ids(13)
     names = ["blocks.*.hook_in", "blocks.0.attn.hook_pattern", "blocks.0.attn.hook_rot_k", "unembed.hook_out"]
     value, cache = hooked.run_with_cache(tokens, names, incl_bwd=True)
-    expected, theirs = grad_at(*small(), jnp.asarray(tokens), names)
+    expected, theirs = at_once(grad_at, *small(), jnp.asarray(tokens), names)
     assert_same(value, expected)
     assert_same_caches(cache, theirs)
 
@@ -134,8 +135,15 @@ def test_gradients_of_a_metric_are_exact():
 
     for options in ({}, {"logits_at": -1}):
         _, cache = hooked.run_with_cache(ids(13), RESIDUAL, incl_bwd=True, loss_fn=metric, **options)
-        assert_same_caches(cache, grad_at(*small(), jnp.asarray(ids(13)), RESIDUAL, jnp.mean, **options)[1])
+        assert_same_caches(cache, at_once(grad_at, *small(), jnp.asarray(ids(13)), RESIDUAL, jnp.mean, **options)[1])
     assert {shape[1] for shape in shapes} == {13, 1}
+
+
+@functools.cache
+def whole(*names, incl_bwd):
+    """Values, or values and gradients, at each position of one row."""
+    function = grad_at if incl_bwd else forward
+    return at_once(function, *small(), jnp.asarray(ids(13, 1)), names)[1]
 
 
 @pytest.mark.parametrize("pos_slice", [0, -1, slice(2, None, 3), slice(None, 12), slice(-2, None)])
@@ -145,8 +153,7 @@ def test_slices_are_exact(pos_slice, incl_bwd):
     names = ["embed.hook_in", RESIDUAL, "blocks.0.attn.hook_pattern", "blocks.0.attn.hook_rot_k"]
     names = names[1:] if incl_bwd else names
     _, cache = hooked.run_with_cache(tokens, names, pos_slice=pos_slice, remove_batch_dim=True, incl_bwd=incl_bwd)
-    _, theirs = grad_at(*small(), jnp.asarray(tokens), names) if incl_bwd else forward(*small(), tokens, names)
-    theirs = theirs.sliced(positions=pos_slice).remove_batch_dim()
+    theirs = whole(*names, incl_bwd=incl_bwd).sliced(positions=pos_slice).remove_batch_dim()
     assert_same_caches(cache, theirs)
     kept = range(13)[pos_slice] if isinstance(pos_slice, slice) else [range(13)[pos_slice]]
     np.testing.assert_array_equal(cache.tokens, tokens[0, list(kept)])
@@ -272,7 +279,7 @@ def test_a_row_of_padding_is_exact(p):
     hooked, tokens, names = model(), ids(p, 3), ["blocks.*.hook_out", "blocks.*.attn.hook_z"]
     names += ["blocks.*.attn.hook_attn_scores", "blocks.*.attn.hook_pattern"] if p < 500 else []
     _, cache = hooked.run_with_cache(tokens, names, attention_mask=mask, incl_bwd=True)
-    _, theirs = grad_at(*small(), jnp.asarray(tokens), names, attention_mask=jnp.asarray(mask))
+    _, theirs = at_once(grad_at, *small(), jnp.asarray(tokens), names, attention_mask=mask)
     assert_same_caches(cache, theirs)
 
 
@@ -348,7 +355,7 @@ def test_metrics_share_a_program():
     for p in (14, 13):
         value, cache = hooked.run_with_cache(ids(p), RESIDUAL, incl_bwd=True, loss_fn=metric)
     assert programs() - before == 1
-    expected, theirs = grad_at(*small(), jnp.asarray(ids(13)), RESIDUAL, metric)
+    expected, theirs = at_once(grad_at, *small(), jnp.asarray(ids(13)), RESIDUAL, metric)
     assert_same(value, expected)
     assert_same_caches(cache, theirs)
 

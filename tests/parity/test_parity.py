@@ -19,6 +19,7 @@ from gemma3_jax.parity import SMALL_BAR, compare, compare_sites, our_activations
 from gemma3_jax.sites.names import site_names
 from gemma3_jax.sites.table import SITES
 from tests.helpers.random_models import hf_model, hf_multimodal, random_tokens
+from tests.helpers.small_model import at_once
 from tests.parity.checks import LINEAR, TOKENS, WIDE, converted, failures, shift_layers, truth_of
 
 # What sets each checkpoint apart from random_models.SMALL, which has 8 heads in 2 groups, a head_dim that is not
@@ -71,13 +72,13 @@ def test_padding_changes_no_real_token(side):
     tokens = np.where(mask, TOKENS, 0)
     assert not failures(compare(model, config, params, tokens, mask))
 
-    padded, _ = forward(config, params, jnp.asarray(tokens), attention_mask=jnp.asarray(mask))
+    padded, _ = at_once(forward, config, params, jnp.asarray(tokens), attention_mask=jnp.asarray(mask))
     for row in range(2):
         real = np.flatnonzero(mask[row])
-        alone, _ = forward(config, params, jnp.asarray(tokens[row : row + 1, real]))
+        alone, _ = at_once(forward, config, params, jnp.asarray(tokens[row : row + 1, real]))
         np.testing.assert_allclose(padded[row, real], alone[0], rtol=0, atol=2e-5)
     # Negative control: without the mask, left padding does change the row; right padding lies behind it.
-    unmasked, _ = forward(config, params, jnp.asarray(tokens))
+    unmasked, _ = at_once(forward, config, params, jnp.asarray(tokens))
     moved = float(jnp.max(jnp.abs(unmasked - padded)[1, mask[1].astype(bool)]))
     assert (moved > 1e-2) == (side == "left")
 

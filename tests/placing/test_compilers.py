@@ -13,6 +13,7 @@ from gemma3_jax.config import PRESETS
 from gemma3_jax.placing import fits
 from gemma3_jax.placing.fitting import check_compiler
 from gemma3_jax.placing.machines import GIB, machine
+from tests.helpers.environment import as_users
 
 TPU = pytest.param("v5e-8", marks=pytest.mark.tpu_compiler)
 GPU = pytest.param("h100x8", marks=pytest.mark.gpu_compiler)
@@ -20,8 +21,9 @@ RESIDUALS = "blocks.*.hook_resid_post"
 
 
 @pytest.fixture(autouse=True)
-def compilers(request):
-    """Skip a test whose compiler is not installed, with the command that installs it."""
+def compilers(request, monkeypatch):
+    """Skip a test whose compiler is not installed, with the command that installs it. Their XLA has its own flags."""
+    monkeypatch.setenv("XLA_FLAGS", as_users()["XLA_FLAGS"])
     name = "v5e-8" if request.node.get_closest_marker("tpu_compiler") else "h100"
     try:
         check_compiler(machine(name))

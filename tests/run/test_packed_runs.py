@@ -10,7 +10,7 @@ import pytest
 from gemma3_jax import edits, forward, grad_at, reductions, stack_layers
 from gemma3_jax.sites.table import site
 from tests.helpers.random_models import random_tokens
-from tests.helpers.small_model import assert_same, nudge, same, small
+from tests.helpers.small_model import assert_same, at_once, nudge, same, small
 
 TOKENS = jnp.asarray(random_tokens((2, 12)), jnp.int32)
 IDS = jnp.asarray([[1] * 5 + [2] * 3 + [1] * 4, [0] * 12])
@@ -24,13 +24,13 @@ def run(capture=(), edit=None, tokens=TOKENS, name=RESIDUAL, **options):
     return forward(*small(), tokens, capture, None if edit is None else {name: edit}, **options)
 
 
-def each_alone(check, **options):
-    """`check(row, columns, logits, cache)` of every document by itself."""
-    for row, columns in DOCUMENTS:
-        check(row, columns, *run(tokens=TOKENS[row : row + 1, columns], **options))
-
-
 # --- edits ----------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("given_as", "name"))
+def edited(edit, tokens, given_as=None, name=RESIDUAL):
+    """Logits and the residual stream; edits whose positions have one shape share a program."""
+    return run(RESIDUAL, edit, tokens, name, **AS_GIVEN.get(given_as, {}))
 
 
 @pytest.mark.parametrize("given_as", AS_GIVEN)
@@ -38,14 +38,14 @@ def each_alone(check, **options):
 def test_positions_of_an_edit_are_those_of_every_document(wanted, given_as):
     """Counted from either end of each document, which is then what it is alone under the edit."""
     edit = edits.only(nudge, positions=wanted)
-    packed, cache = run(RESIDUAL, edit, **AS_GIVEN[given_as])
-    untouched = run(**AS_GIVEN[given_as])[0]
+    packed, cache = edited(edit, TOKENS, given_as)
+    untouched = edited(None, TOKENS, given_as)[0]
     by_row = np.broadcast_to(np.atleast_1d(wanted), (2, np.atleast_1d(wanted).shape[-1]))
     for row, columns in DOCUMENTS:
         n = columns.stop - columns.start
         there = [position for position in by_row[row].tolist() if -n <= position < n]
         own_edit = edits.only(nudge, positions=there) if there else None
-        alone, expected = run(RESIDUAL, own_edit, TOKENS[row : row + 1, columns])
+        alone, expected = edited(own_edit, TOKENS[row : row + 1, columns])
         assert_same(packed[row, columns], alone[0])
         assert_same(cache[RESIDUAL][row, columns], expected[RESIDUAL][0])
     assert not same(packed[0], untouched[0], 1e-3)  # control
@@ -55,9 +55,11 @@ def test_positions_of_an_edit_are_those_of_every_document(wanted, given_as):
 def test_keys_are_those_of_every_document(given_as):
     """An edit of the pattern at key 0 acts on the first token of each document, and -1 on its last."""
     edit = edits.only(edits.Scale(0.5), keys=[0, -1])
-    packed = run(edit=edit, name=PATTERN, **AS_GIVEN[given_as])[0]
-    each_alone(lambda row, columns, logits, _: assert_same(packed[row, columns], logits[0]), edit=edit, name=PATTERN)
-    assert not same(packed, run(**AS_GIVEN[given_as])[0], 1e-3)  # control
+    packed = edited(edit, TOKENS, given_as, PATTERN)[0]
+    for row, columns in DOCUMENTS:
+        alone = edited(edit, TOKENS[row : row + 1, columns], name=PATTERN)[0]
+        assert_same(packed[row, columns], alone[0])
+    assert not same(packed, edited(None, TOKENS, given_as)[0], 1e-3)  # control
 
 
 @pytest.mark.parametrize("given_as", AS_GIVEN)
@@ -178,22 +180,30 @@ def test_gradients_are_those_of_each_document(stacked):
 
 def test_a_loss_has_no_gradient_across_documents():
     """The default metric of `grad_at`: the loss of a document moves nothing in another."""
-    config, params = small()
 
     def loss_of_first(ids):
         first = jnp.arange(12) < 5
         metric = lambda logits: jnp.sum(jnp.where(first[:, None], logits[0] * WEIGHTS[0], 0))  # noqa: E731
-        return grad_at(config, params, TOKENS, "blocks.0.hook_in", metric, segment_ids=ids)[1].grads["blocks.0.hook_in"]
+        return slope(metric, segment_ids=ids)
+
+    def slope(*metric, **options):
+        return at_once(grad_at, *small(), TOKENS, "blocks.0.hook_in", *metric, **options)[1].grads["blocks.0.hook_in"]
 
     assert not np.any(loss_of_first(IDS)[0, 5:])
-    last = grad_at(config, params, TOKENS, "blocks.0.hook_in", segment_ids=IDS)[1].grads["blocks.0.hook_in"]
+    last = slope(segment_ids=IDS)
     # A document's last token is not context for any loss, unless the loss crossed into the next document.
     assert not np.any(last[0, [4, 7, 11]])
-    one_text = grad_at(config, params, TOKENS, "blocks.0.hook_in")[1].grads["blocks.0.hook_in"]
+    one_text = slope()
     assert np.any(one_text[0, 4])  # control
 
 
 # --- transformations ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def of_last(n):
+    """Logits of the last n tokens, run alone."""
+    return at_once(forward, *small(), TOKENS[:, -n:])[0]
 
 
 @pytest.mark.parametrize("stacked", [False, True], ids=["layers apart", "scanned"])
@@ -207,20 +217,19 @@ def test_ids_and_positions_are_data(stacked):
         positions = jnp.asarray(np.concatenate([np.arange(n) for n in lengths]))[None].repeat(2, axis=0)
         by_ids, by_positions = call(segment_ids=ids), call(positions=positions)
         assert_same(by_ids, by_positions, 1e-6)
-        start = 12 - lengths[-1]
-        assert_same(by_ids[:, start:], run(tokens=TOKENS[:, start:])[0])
+        assert_same(by_ids[:, -lengths[-1] :], of_last(lengths[-1]))
     assert call._cache_size() == 2
 
 
 def test_vmap_over_arrangements():
     """Mapped over ids, and over tokens and positions, each gives what a call of its own gives."""
     ids = jnp.stack([IDS, IDS[::-1], jnp.zeros_like(IDS)])
-    mapped = jax.vmap(lambda ids: run(PATTERN, segment_ids=ids)[0])(ids)
+    mapped = jax.jit(jax.vmap(lambda ids: run(PATTERN, segment_ids=ids)[0]))(ids)
     for each, found in zip(ids, mapped, strict=True):
         assert_same(found, run(segment_ids=each)[0], 2e-6)
     assert not same(mapped[0], mapped[2], 1e-3)
     both = jnp.stack([TOKENS, TOKENS[::-1]]), jnp.stack([POSITIONS, POSITIONS[::-1]])
-    mapped = jax.vmap(lambda tokens, positions: run(tokens=tokens, positions=positions)[0])(*both)
+    mapped = jax.jit(jax.vmap(lambda tokens, positions: run(tokens=tokens, positions=positions)[0]))(*both)
     assert_same(mapped[0], mapped[1, ::-1], 2e-6)
     assert_same(mapped[0], run(segment_ids=IDS)[0], 2e-6)
 
