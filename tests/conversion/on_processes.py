@@ -59,6 +59,7 @@ def main(directory: Path) -> dict[str, object]:
     for name, write in (("save", save_params), ("export", export_checkpoint)):
         held[f"{name} of NaN"] = error_of(lambda write=write: write(config, damaged, directory / "never"))
         held[f"{name} where something is"] = error_of(lambda write=write: write(config, params, directory / "saved"))
+    held["Ctrl-C in the last"] = error_of(lambda: in_all(interrupted))
     held["nothing is left behind"] = not list(directory.glob(".gemma3-jax-*"))
     held["text"] = in_first(lambda: "é" * 5000) == "é" * 5000
     held["sum"] = in_all(lambda: jax.process_index()) == jax.process_index()
@@ -82,11 +83,17 @@ def own_files(saved: Path) -> Path:
     return copy
 
 
+def interrupted() -> None:
+    """Ctrl-C in the last process alone."""
+    if jax.process_index() == jax.process_count() - 1:
+        raise KeyboardInterrupt
+
+
 def error_of(write) -> str:
     """The error of a call that fails."""
     try:
         write()
-    except Exception as error:
+    except BaseException as error:
         return f"{type(error).__name__}: {error}"
     return ""
 

@@ -109,3 +109,11 @@ def test_what_fails_in_one_process_fails_in_all(call, results):
     assert "is not empty" in first
     assert all(other.startswith("RuntimeError: another process failed: process 0: ") for other in others)
     assert not (results / "never").exists()
+
+
+def test_ctrl_c_in_one_process_is_an_error_in_all(results):
+    """While they save or export: otherwise the others wait for it."""
+    *others, last = [report["Ctrl-C in the last"] for report in reports(results)]
+    assert last == "KeyboardInterrupt: "
+    reason = f"process {len(others)}: KeyboardInterrupt"
+    assert others == [f"RuntimeError: another process failed: {reason}"] * len(others)
