@@ -26,7 +26,7 @@ def in_all(function: Callable[[], Result]) -> Result:
     """What a function returns in this process, after all processes have called it.
 
     Raises:
-        Exception: what the function raises in this process.
+        BaseException: what the function raises in this process; also a Ctrl-C that comes while it runs.
         RuntimeError: it raised something in another process; the message is that of the first one.
 
     >>> in_all(lambda: 1 + 1)
@@ -37,9 +37,10 @@ def in_all(function: Callable[[], Result]) -> Result:
     error = None
     try:
         result = function()
-    except Exception as raised:
+    except BaseException as raised:  # Ctrl-C in one process, too
         error = raised
-    reason = _first_text("" if error is None else f"process {jax.process_index()}: {error}")
+    text = str(error) or type(error).__name__
+    reason = _first_text("" if error is None else f"process {jax.process_index()}: {text}")
     if error is not None:
         raise error
     if reason:
@@ -51,7 +52,7 @@ def in_first(function: Callable[[], str | None]) -> str:
     """The text that a function returns, in every process; only the first process calls it. None is an empty text.
 
     Raises:
-        Exception: as in `in_all`.
+        BaseException: as in `in_all`.
 
     >>> in_first(lambda: "a name that is chosen at random")
     'a name that is chosen at random'

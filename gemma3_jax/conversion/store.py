@@ -1,12 +1,10 @@
 """Converted parameters on disk, with Orbax: for parameters that you trained or edited, and for reading in shards."""
 
-import asyncio
 import contextlib
 import os
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -15,7 +13,7 @@ from jax.typing import DTypeLike
 
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.conversion import files
-from gemma3_jax.conversion.check import check_params
+from gemma3_jax.conversion.check import check_params, check_shapes
 from gemma3_jax.conversion.dtypes import loaded_dtype, parameter_dtype
 from gemma3_jax.conversion.gemma3 import entries
 from gemma3_jax.conversion.placement import placements_of
@@ -23,7 +21,7 @@ from gemma3_jax.conversion.tokenizers import TokenizerSource, check_tokenizer, c
 from gemma3_jax.conversion.transforms import AddOne
 from gemma3_jax.conversion.truncation import truncate
 from gemma3_jax.model.layout import unstack_layers
-from gemma3_jax.processes import in_all, in_first, to_host
+from gemma3_jax.processes import in_all, in_first
 from gemma3_jax.reading import CheckpointError, check_file
 from gemma3_jax.sites.names import block_key
 from gemma3_jax.types import Params, Shardings
@@ -31,12 +29,11 @@ from gemma3_jax.types import Params, Shardings
 with epy.lazy_imports():  # they take longer than all other imports of this module
     import flax.traverse_util
     import orbax.checkpoint as ocp
+    from etils import epath
 
-_T = TypeVar("_T")
+    from gemma3_jax.conversion import zarr
 
 PARAMS = "params"
-# Uncompressed chunks of this size read in less than half the time of Orbax's defaults, which take a fifth less space.
-_CHUNK_BYTES = 2**25
 
 
 def save_params(
@@ -49,7 +46,7 @@ def save_params(
     """Write converted parameters with their config, whole or not at all.
 
     Parameters that are cut over the devices of several processes are written by all of them: each calls this function,
-    with a directory that all of them reach.
+    with a directory that all of them reach. The files are the same, byte for byte, however the parameters are cut.
 
     Args:
         config: shape of the model.
@@ -77,12 +74,11 @@ def save_params(
             files.write_configs(target, config, tokenizer)
             copy_tokenizer(tokenizer, target)
 
-        chunks = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params)
-        save = ocp.args.PyTreeSave(jax.tree.map(_storable, params), chunks)
-        with _checkpointer(ocp.options.MultiprocessingOptions()) as checkpointer, ThreadPoolExecutor(1) as thread:
-            # Orbax's threads cannot be stopped. If Ctrl-C or a signal interrupts this line, the end of the block waits
-            # for them: otherwise they would write to the directory while it is removed.
-            thread.submit(checkpointer.save, target / PARAMS, save).result()
+        with ThreadPoolExecutor(1) as thread:
+            # Orbax cannot be stopped. If Ctrl-C or a signal interrupts this line, the end of the block waits for it:
+            # otherwise it would write to the directory while it is removed.
+            save = ocp.args.PyTreeSave(params)
+            in_all(thread.submit(_handler().save, epath.Path(target / PARAMS), args=save).result)
         in_first(write_others)
 
 
@@ -111,23 +107,22 @@ def load_params(
     layers = config.truncated_from or config.num_hidden_layers
     skipped = {block_key(layer) for layer in range(config.num_hidden_layers, layers)}
     leaves = {path: leaf for path, leaf in stored_params(source).items() if path[0] not in skipped}
+    with _named(source):
+        check_shapes(config, leaves)
     dtypes = stored_dtypes(config, leaves, dtype, source)
     placements = placements_of({path: leaf.shape for path, leaf in leaves.items()}, shardings)
-    default = jax.device_put(np.float32(0)).sharding  # also while a mesh is set
     restore_args = {
-        path: ocp.ArrayRestoreArgs(dtype=dtypes[path], sharding=placements[path].sharding or default) for path in leaves
+        path: ocp.ArrayRestoreArgs(dtype=dtypes[path], sharding=placements[path].sharding) for path in leaves
     }
     restore = ocp.args.PyTreeRestore(
         item=flax.traverse_util.unflatten_dict(leaves),
         restore_args=flax.traverse_util.unflatten_dict(restore_args),
         partial_restore=True,
     )
-    with _damage_named(source), _checkpointer(_alone()) as checkpointer:
-        params = checkpointer.restore(source / PARAMS, restore)
-    try:
+    with _damage_named(source):
+        params = _handler().restore(epath.Path(source / PARAMS), args=restore)
+    with _named(source):
         check_params(config, params)
-    except CheckpointError as error:
-        raise CheckpointError(f"{source}: {error}") from None
     return config, params
 
 
@@ -152,12 +147,10 @@ def stored_params(directory: Path) -> dict[tuple[str, ...], jax.ShapeDtypeStruct
     for file in (directory / PARAMS).rglob("*"):
         if not file.is_dir():
             check_file(file)  # Orbax would wait for a FIFO
-    with _damage_named(directory), _checkpointer(_alone()) as checkpointer:
-        metadata = checkpointer.metadata(directory.absolute() / PARAMS).item_metadata
-        if metadata is None:
-            raise CheckpointError(f"{directory / PARAMS} is damaged: its list of parameters cannot be read")
-        leaves = flax.traverse_util.flatten_dict(metadata.tree)
-        return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+    with _damage_named(directory):
+        metadata = _handler().metadata(epath.Path(directory.absolute() / PARAMS))
+        stored: dict[tuple[str, ...], jax.ShapeDtypeStruct] = flax.traverse_util.flatten_dict(metadata.tree)
+        return stored
 
 
 def stored_dtypes(
@@ -175,6 +168,15 @@ def stored_dtypes(
 
 
 @contextlib.contextmanager
+def _named(directory: Path) -> Iterator[None]:
+    """Errors about parameters, with the directory that they come from."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory}: {error}") from None
+
+
+@contextlib.contextmanager
 def _damage_named(directory: Path) -> Iterator[None]:
     """Errors of Orbax as a CheckpointError that names the directory."""
     try:
@@ -182,56 +184,21 @@ def _damage_named(directory: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:  # Orbax has no class for its errors
-        why = [*str(error).splitlines(), type(error).__name__][0]
+        why = [*str(error).splitlines(), type(error).__name__][0].partition(" [tensorstore_spec=")[0]
         raise CheckpointError(f"{directory / PARAMS} is damaged: {why}") from error
 
 
-def _storable(leaf: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
-    """A parameter as Orbax takes it: one that each process has for itself as a NumPy array, which the first writes."""
-    is_own = jax.process_count() > 1 and isinstance(leaf, jax.Array) and leaf.is_fully_addressable
-    return to_host(leaf) if is_own else leaf
+def _handler() -> "ocp.PyTreeCheckpointHandler":
+    """Writes and reads the list of the parameters, and leaves the arrays to `zarr`.
 
-
-def _alone() -> "ocp.options.MultiprocessingOptions":
-    """For reading: this process does not wait for the others."""
-    return ocp.options.MultiprocessingOptions(jax.process_index(), {jax.process_index()})
-
-
-def _checkpointer(options: "ocp.options.MultiprocessingOptions") -> "ocp.Checkpointer":
-    arrays = (jax.Array, _array_handler())
-    handler = ocp.PyTreeCheckpointHandler(
-        use_compression=False,
-        multiprocessing_options=options,
-        type_handler_registry=ocp.type_handlers.create_type_handler_registry(
-            arrays, (np.ndarray, ocp.type_handlers.NumpyHandler())
-        ),
-    )
-    return ocp.Checkpointer(handler, multiprocessing_options=options)
-
-
-def _array_handler() -> "ocp.type_handlers.ArrayHandler":
-    class Waiting(ocp.type_handlers.ArrayHandler):
-        """Ends all reads when one fails: Orbax would close their event loop, and each would print an error later."""
-
-        async def metadata(self, *args: Any, **kwargs: Any) -> Sequence[Any]:
-            return await _with_its_tasks(super().metadata(*args, **kwargs))
-
-        async def deserialize(self, *args: Any, **kwargs: Any) -> Sequence[jax.Array]:
-            return await _with_its_tasks(super().deserialize(*args, **kwargs))
-
-    # By default, Orbax cuts an array that several devices have, so that all of them write it. It compiles each cut:
-    # seconds for a small model, where writing takes half a second.
-    return Waiting(use_replica_parallel=False)
-
-
-async def _with_its_tasks(reads: Awaitable[_T]) -> _T:
-    """What `reads` returns. If it fails, the tasks that it has begun end before its error is raised."""
-    before = asyncio.all_tasks()
-    try:
-        return await reads
-    except Exception:
-        await asyncio.gather(*asyncio.all_tasks() - before, return_exceptions=True)
-        raise
+    Not inside `ocp.Checkpointer`, which writes the time into a file, waits for the other processes to read, and makes
+    a temporary directory in ours.
+    """
+    # Orbax alone reads NumPy arrays without being told where to place them. Earlier versions wrote the other name, too.
+    arrays, earlier = zarr.Arrays("np.ndarray"), zarr.Arrays("jax.Array")
+    kinds = (jax.Array, arrays), (np.ndarray, arrays), (jax.ShapeDtypeStruct, earlier)
+    registry = ocp.type_handlers.create_type_handler_registry(*kinds)
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, type_handler_registry=registry)
 
 
 def is_converted(directory: Path) -> bool:

@@ -4,6 +4,9 @@ import gc
 import shutil
 from pathlib import Path
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from conversion import CheckpointError, convert_checkpoint, load_params, save_params
@@ -24,10 +27,23 @@ def directory(saved, tmp_path) -> Path:
     return shutil.copytree(saved, tmp_path / "model")
 
 
-def data_file(directory: Path) -> str:
-    """The largest file, which holds weights."""
-    largest = max(directory.rglob("ocdbt.process_0/d/*"), key=lambda file: file.stat().st_size)
-    return str(largest.relative_to(directory))
+@pytest.fixture(scope="module")
+def saved_earlier(saved, tmp_path_factory) -> Path:
+    """As earlier versions wrote it: all arrays are in one database, beside more files of Orbax."""
+    directory = tmp_path_factory.mktemp("saved earlier") / "model"
+    shutil.copytree(saved, directory, ignore=shutil.ignore_patterns("params"))
+    ocp.PyTreeCheckpointer().save(directory / "params", convert_checkpoint(TINY)[1])
+    return directory
+
+
+@pytest.fixture
+def earlier(saved_earlier, tmp_path) -> Path:
+    return shutil.copytree(saved_earlier, tmp_path / "earlier")
+
+
+def largest(directory: Path, files: str) -> Path:
+    """The largest of these files."""
+    return max(directory.glob(files), key=lambda file: file.stat().st_size)
 
 
 def said(directory: Path) -> str:
@@ -40,39 +56,66 @@ def said(directory: Path) -> str:
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "LFS pointer"])
-@pytest.mark.parametrize("name", ["params/_METADATA", "params/manifest.ocdbt", data_file])
+@pytest.mark.parametrize("name", ["_METADATA", "embed.weight/.zarray", "embed.weight/3.0"])
 def test_what_is_not_a_file_is_named(name, kind, directory):
-    """Orbax would wait for a FIFO; a description says the same. Git LFS leaves pointers in place of large files."""
+    """Reading would wait for a FIFO; a description says the same. Git LFS leaves pointers in place of large files."""
     content, says = NOT_A_FILE[kind]
-    file = directory / (name(directory) if callable(name) else name)
+    file = directory / "params" / name
     replace(file, content)
     assert said(directory).startswith(f"{file} {says}")
     assert says in describe(directory).error
 
 
-@pytest.mark.parametrize("name", ["_METADATA", "_sharding", "_CHECKPOINT_METADATA"])
+@pytest.mark.parametrize("name", ["_METADATA", "embed.weight/.zarray"])
 def test_bad_json(name, directory):
-    """Orbax's own errors are of any class: a list that is nested too deeply is a RecursionError."""
+    """The errors of Orbax are of any class: a list that is nested too deeply is a RecursionError."""
     replace(directory / "params" / name, NESTED)
     assert "params is damaged: " in said(directory)
 
 
-@pytest.mark.parametrize("size", [0, 1000])
-def test_truncated_weights(size, directory, caplog, capfd):
-    """The error of Orbax has a hundred lines; ours has its first. Orbax's other reads fail without a word."""
-    file = directory / data_file(directory)
-    file.write_bytes(file.read_bytes()[:size])
-    assert "params is damaged: Encountered error while reading array index" in said(directory)
+@pytest.mark.parametrize("size", [0, 1000, None])
+@pytest.mark.parametrize("name", ["embed.weight/3.0", "embed.weight/.zarray", "_METADATA"])
+def test_truncated_and_missing_files(name, size, directory, caplog, capfd):
+    """The error of TensorStore has a hundred lines; ours has its first, with the file. Nothing is printed later."""
+    file = directory / "params" / name
+    if size is None:
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: size // 20 if name.endswith(".zarray") else size])
+    message = said(directory)
+    assert "params is damaged: " in message
+    assert name == "_METADATA" or f'{file}" ' in message or f'{file}":' in message
+    assert "tensorstore_spec" not in message
     assert printed_later(caplog, capfd) == ""
 
 
-@pytest.mark.parametrize("file", ["manifest.ocdbt", "d/*"])
-def test_truncated_index(file, directory, caplog, capfd):
-    """Orbax looks for all parameters at once: each of the searches that fail would print an error of its own."""
-    (file,) = (directory / "params").glob(file)
+def test_another_shape_than_the_config_has(directory):
+    """Before any array is read: a shape may be larger than the memory."""
+    file = directory / "params/embed.weight/.zarray"
+    file.write_text(file.read_text().replace('"shape":[', '"shape":[9999'))
+    assert "embed/weight has shape [9999" in said(directory)
+
+
+def test_what_earlier_versions_saved(earlier):
+    """Loads with the same bits."""
+    _, wanted = convert_checkpoint(TINY)
+    _, params = load_params(earlier)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), params, wanted))
+
+
+@pytest.mark.parametrize("files", ["manifest.ocdbt", "d/*", "ocdbt.process_0/d/*"])
+def test_truncated_database(files, earlier, caplog, capfd):
+    """Of earlier versions: the manifest, the index, and the weights."""
+    file = largest(earlier / "params", files)
     file.write_bytes(file.read_bytes()[:10])
-    assert "params is damaged: its list of parameters cannot be read" in said(directory)
+    assert "in OCDBT database" in said(earlier)
     assert printed_later(caplog, capfd) == ""
+
+
+def test_orbax_alone_reads_what_is_saved(directory):
+    """Without this library, as NumPy arrays."""
+    read = ocp.PyTreeCheckpointer().restore(directory / "params")
+    assert jax.tree.all(jax.tree.map(np.array_equal, read, convert_checkpoint(TINY)[1]))
 
 
 def printed_later(caplog, capfd) -> str:

@@ -1,4 +1,4 @@
-"""Converting a checkpoint takes the memory of its result, of its largest tensor, and little more."""
+"""Loading takes the memory of its result, of its largest tensor, and little more."""
 
 import dataclasses
 import json
@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flax.traverse_util
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from conversion import save_params
 from gemma3_jax import Gemma3Config
 from gemma3_jax.conversion.gemma3 import entries
 from tests.helpers.environment import as_users
@@ -35,7 +37,8 @@ CONFIG = Gemma3Config(
 CHILD = """
 import json, sys
 import jax, jax.numpy as jnp
-from conversion import convert_checkpoint
+import orbax.checkpoint, tensorstore  # imported when parameters are loaded
+import conversion
 from gemma3_jax import Gemma3Config
 from gemma3_jax.placing import make_mesh, param_shardings
 
@@ -48,7 +51,7 @@ config = Gemma3Config.from_hf(json.load(open(sys.argv[1] + "/config.json")))
 mesh = make_mesh(model=jax.device_count())
 shardings = param_shardings(config, mesh) if mesh.size > 1 else None
 base = memory("VmRSS")
-config, params = convert_checkpoint(sys.argv[1], dtype=json.loads(sys.argv[2]), shardings=shardings)
+config, params = getattr(conversion, sys.argv[3])(sys.argv[1], dtype=json.loads(sys.argv[2]), shardings=shardings)
 jax.block_until_ready(params)
 parts = [shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards]
 print(json.dumps({"base": base, "peak": memory("VmHWM"), "params": sum(parts), "largest part": max(parts)}))
@@ -73,7 +76,12 @@ def measured(checkpoint: Path, *, tied: bool, dtype: str | None, devices: int = 
     """Bytes before the conversion, at its peak, and of its result, in a process with so many devices."""
     config = dataclasses.replace(CONFIG, tie_word_embeddings=tied)
     (checkpoint / "config.json").write_text(json.dumps(config.to_hf()))
-    command = [sys.executable, "-c", CHILD, str(checkpoint), json.dumps(dtype)]
+    return in_a_process("convert_checkpoint", checkpoint, dtype, devices)
+
+
+def in_a_process(function: str, directory: Path, dtype: str | None, devices: int) -> dict[str, int]:
+    """What `measured` returns, for a function that loads a directory."""
+    command = [sys.executable, "-c", CHILD, str(directory), json.dumps(dtype), function]
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = {**as_users(), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -102,4 +110,18 @@ def test_peak_memory_of_parts(checkpoint):
     """On eight devices, it is what they hold, one part of the largest parameter, and 100 MB: less than a whole one."""
     seen = measured(checkpoint, tied=False, dtype=None, devices=8)
     assert 8 * seen["largest part"] == 2 * CONFIG.vocab_size * CONFIG.hidden_size
+    assert seen["peak"] - seen["base"] - seen["params"] - seen["largest part"] <= ALLOWANCE_OF_PARTS, figures(seen)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+def test_peak_memory_of_saved_parameters(tmp_path):
+    """Loading them is no different; reading several arrays at once, as Orbax does, takes 145 MB or more too many."""
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=True)
+    kinds = {1: np.float32}  # of norms
+    params = {
+        entry.path: np.zeros(entry.shape, kinds.get(len(entry.shape), ml_dtypes.bfloat16)) for entry in entries(config)
+    }
+    save_params(config, flax.traverse_util.unflatten_dict(params), tmp_path / "saved")
+    seen = in_a_process("load_params", tmp_path / "saved", None, devices=8)
+    assert 8 * seen["largest part"] == 2 * config.vocab_size * config.hidden_size
     assert seen["peak"] - seen["base"] - seen["params"] - seen["largest part"] <= ALLOWANCE_OF_PARTS, figures(seen)

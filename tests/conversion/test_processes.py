@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from conversion import CheckpointError, convert_checkpoint, export_checkpoint
+from conversion import CheckpointError, convert_checkpoint, export_checkpoint, load_params, save_params
 from gemma3_jax import TINY
 from tests.helpers.processes import run_in_processes
 
@@ -43,7 +43,7 @@ def reports(results: Path) -> list[dict]:
     "name",
     [
         *("loaded", "some parts are elsewhere", "read its own parts alone", "restored", "restored from own devices"),
-        *("nothing is left behind", "text", "sum"),
+        *("restored from its own files alone", "nothing is left behind", "text", "sum"),
     ],
 )
 def test_every_process_has_the_right_bits(name, results):
@@ -72,9 +72,29 @@ def test_exported_files_are_those_of_one_process(results, tmp_path):
     assert contents(results / "exported with another embedding").items() - wanted.items()
 
 
+def test_saved_files_are_those_of_one_process(results, tmp_path):
+    """Byte for byte, however the parameters are cut, and each time; and other parameters give other files."""
+    config, params = convert_checkpoint(TINY)
+    for name in ("one", "two"):
+        save_params(config, params, tmp_path / name)
+    wanted = contents(tmp_path / "one")
+    assert len(wanted) > 100
+    for saved in (tmp_path / "two", *(results / f"saved{how}" for how in ("", " from own devices", " from columns"))):
+        assert contents(saved) == wanted
+    changed = contents(results / "saved with another embedding").items() - wanted.items()
+    assert {name for name, _ in changed} == {f"params/embed.weight/{file}.0" for file in range(8)}
+
+
+def test_one_process_lacks_the_files_of_the_others(results):
+    """The control of what each reads: on one device, all files of the embedding are needed."""
+    with pytest.raises(CheckpointError, match=r"embed\.weight/[2-7]\.0. is missing"):
+        load_params(results / "saved for process 0")
+
+
 def contents(directory: Path) -> dict[str, bytes]:
     """What is in each file."""
-    return {file.name: file.read_bytes() for file in directory.iterdir()}
+    files = filter(Path.is_file, directory.rglob("*"))
+    return {str(file.relative_to(directory)): file.read_bytes() for file in files}
 
 
 @pytest.mark.parametrize("call", ["save", "export"])
@@ -89,3 +109,11 @@ def test_what_fails_in_one_process_fails_in_all(call, results):
     assert "is not empty" in first
     assert all(other.startswith("RuntimeError: another process failed: process 0: ") for other in others)
     assert not (results / "never").exists()
+
+
+def test_ctrl_c_in_one_process_is_an_error_in_all(results):
+    """While they save or export: otherwise the others wait for it."""
+    *others, last = [report["Ctrl-C in the last"] for report in reports(results)]
+    assert last == "KeyboardInterrupt: "
+    reason = f"process {len(others)}: KeyboardInterrupt"
+    assert others == [f"RuntimeError: another process failed: {reason}"] * len(others)

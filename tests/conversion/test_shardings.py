@@ -95,6 +95,17 @@ def test_eight_devices_export_the_files_of_one(results):
     assert all((exported / name).read_bytes() == (alone / name).read_bytes() for name in names)
 
 
+def test_eight_devices_save_the_files_of_one(results):
+    """Byte for byte, whichever axes are cut."""
+    wanted, *others = [
+        {str(file.relative_to(saved)): file.read_bytes() for file in saved.rglob("*") if file.is_file()}
+        for saved in sorted(results.glob("saved*"))
+    ]
+    assert len(others) == 2
+    assert len(wanted) > 100
+    assert all(other == wanted for other in others)
+
+
 def wrong_shardings(name: str) -> object:
     """Shardings that do not suit the shipped model."""
     config, _ = convert_checkpoint(TINY)
