@@ -5,9 +5,9 @@
     python examples/harvest/on_ray.py google/gemma-3-270m corpus.txt store 'blocks.9.hook_out' --gpus 0
 
 A task whose node is lost is started again on another one, and does the units that have no file yet. All nodes must
-see corpus and store. The last line says what the store has:
+see corpus and store. The last line says what the store has, here of the shipped model and 160 texts:
 
-    ActivationStore: 18,211 tokens of 1,000 documents, 9 of 9 units, 1.3 KiB a token
+    ActivationStore: 2,510 tokens of 160 documents, 1 of 1 units, 220 bytes a token
 """
 
 import argparse

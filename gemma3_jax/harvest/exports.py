@@ -130,7 +130,7 @@ class Buffer:
     Args:
         epoch: the batches of an epoch, by its number.
         sites: the names of the sites.
-        config: what `config` has beside them.
+        config: see `config`.
 
     Attributes:
         config: what dictionary_learning writes beside a dictionary.
@@ -138,7 +138,7 @@ class Buffer:
 
     def __init__(self, epoch: Callable[[int], Shuffled], sites: list[Any], config: Mapping[str, Any]):
         self._batches, self._sites = _endless(epoch), sites
-        self.config = {"sites": [str(site) for site in sites], **config}
+        self.config = dict(config)
         self._torch = importlib.import_module("torch")
 
     def __iter__(self) -> Buffer:

@@ -21,6 +21,7 @@ class Folder:
 
     gap = math.inf  # what is mapped is not read
     readers = 1
+    expiry = "now"
 
     def __init__(self, folder: Path):
         self.folder = folder

@@ -21,6 +21,7 @@ class Objects:
 
     gap: float = 2**18
     readers = 16
+    expiry = "in 15 minutes"
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")

@@ -24,10 +24,12 @@ class Place(Protocol):
     Attributes:
         gap: bytes between two parts of a file that are read faster than they are left out.
         readers: parts that are read at once.
+        expiry: when the claims of a process that is gone end, in words.
     """
 
     gap: float
     readers: int
+    expiry: str
 
     def full(self, name: str) -> str:
         """The name of a file that people can find it by."""

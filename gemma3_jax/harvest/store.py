@@ -209,7 +209,8 @@ class ActivationStore(Described):
         def epoch(number: int) -> Shuffled:
             return self.shuffled(batch, seed, sites=names, epoch=number, center=center, scale=scale)
 
-        return Buffer(epoch, names, {"out_batch_size": batch, "seed": seed, "center": center, "scale": scale})
+        config = {"sites": [self[name].name for name in names], "out_batch_size": batch, "seed": seed}
+        return Buffer(epoch, names, {**config, "center": center, "scale": scale})
 
     def context(self, row: int, tokenizer: Tokenizer, before: int = 16, after: int = 8) -> tuple[str, str, str]:
         """The text before a token, its own, and the text after it, from the tokens of its document in the store."""

@@ -77,7 +77,7 @@ def test_a_buffer_without_end(store):
     assert not torch.equal(*epochs)
     known = {tuple(row) for row in np.asarray(store[SITE], np.float32).tolist()}
     assert {tuple(row) for row in epochs[0].tolist()} <= known
-    json.dumps(buffer.config)
+    assert json.loads(json.dumps(buffer.config))["sites"] == ["blocks.1.hook_out"]
     both = next(iter(store.buffer([SITE, ("resid_post", 3)], 8, center=True)))
     assert both.shape == (8, 2, 96)
     assert len(next(store.buffer(SITE, 10**6))) == n
