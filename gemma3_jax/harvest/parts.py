@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from gemma3_jax.harvest.errors import StoreError
-from gemma3_jax.harvest.files import CLAIMS, unit_name
+from gemma3_jax.harvest.files import CLAIMS, present, unit_name
 from gemma3_jax.harvest.storage import Claim, Place
 
+_log = logging.getLogger(__name__)
 # Environment variables of a process: its number, the number of processes, and the first number.
 _SCHEDULERS = {
     "Slurm array": ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
@@ -73,11 +75,21 @@ def units_of(part: tuple[int, int] | None, place: Place, missing: np.ndarray) ->
         yield from ((int(unit), None) for unit in missing if unit % count == number)
         return
     place.check_claims()
+    others = []
     for unit in missing.tolist():
         claim = place.claim(f"{CLAIMS}/{unit}")
         if claim is None:
+            others.append(unit)
             continue
         if place.size(unit_name(unit)) is not None:  # another process has done it in the meantime
             claim.release()
             continue
         yield unit, claim
+    there = present(place, int(missing.max(initial=-1)) + 1)
+    left = [unit for unit in others if not there[unit]]
+    if left:
+        _log.warning(
+            "other processes are doing %d units that are not there yet; if one of them is gone, run again %s",
+            len(left),
+            place.expiry,
+        )

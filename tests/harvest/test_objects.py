@@ -142,10 +142,25 @@ def test_claims(root, monkeypatch):
     assert other.claim("claims/1") is not None  # control: another one is free
     mine.release()
     assert other.claim("claims/0") is not None
+    place.write(unit_name(1), [b"done by somebody"])
+    remove_abandoned(place)
+    assert set(contents(root)) == {"claims/0", unit_name(1)}
     monkeypatch.setattr(objects, "_EXPIRES", objects.datetime.timedelta(seconds=-1))
     assert place.claim("claims/0") is not None
     remove_abandoned(place)
-    assert contents(root) == {}
+    assert set(contents(root)) == {unit_name(1)}
+
+
+def test_units_of_a_process_that_is_gone(model, root, caplog):
+    """Others pass over them and say so; a process that has them as its part does them, and the claims go."""
+    harvest(model, TEXTS, SITES, root, part="1/4", **SHAPE)
+    place_of(root).claim("claims/0")
+    harvest(model, TEXTS, SITES, root, part="claim", **SHAPE)
+    assert "other processes are doing 1 units" in caplog.text
+    assert ActivationStore(root).missing.tolist() == [0]
+    harvest(model, TEXTS, SITES, root, **SHAPE)
+    verify(root)
+    assert not [name for name in contents(root) if name.startswith("claims")]
 
 
 def test_a_store_without_conditional_puts(model, monkeypatch):
