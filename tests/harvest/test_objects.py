@@ -5,6 +5,7 @@ Against memory, and against a real server that speaks S3 on this machine. The se
 
 import os
 import secrets
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -186,3 +187,5 @@ def test_what_is_there_already_or_cannot_be_reached(model, server):
         harvest(model, TEXTS, SITES, "s3://no-such-bucket/out", **SHAPE)
     with pytest.raises(StoreError, match="nowhere://"):
         ActivationStore("nowhere://bucket/out")
+    with pytest.raises(StoreError, match="as a text"):
+        ActivationStore(Path("s3://bucket/out"))
