@@ -91,7 +91,7 @@ def read_json(file: Path) -> Any:
     return parse_json(file, file.read_bytes())
 
 
-def parse_json(file: Path, content: bytes) -> Any:
+def parse_json(file: str | Path, content: bytes) -> Any:
     """The value of JSON that was read from `file`; errors as in `read_json`."""
     if not content.strip():
         raise CheckpointError(f"{file} is empty")

@@ -13,7 +13,7 @@ harvest = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-Store = Annotated[Path, typer.Argument(help="The folder of the store.")]
+Store = Annotated[str, typer.Argument(help="The folder of the store, or a name such as s3://bucket/folder.")]
 
 
 @harvest.command()

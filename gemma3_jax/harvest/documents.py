@@ -51,6 +51,11 @@ def _content(model: Model, item: Item, number: int) -> str | np.ndarray:
         if found is None and item.get("messages") is not None:
             return render_chat(tokenizer_of(model), list(item["messages"]), to_continue=False)
         item = found
+    if isinstance(item, bytes):  # a record of ArrayRecord
+        try:
+            item = item.decode()
+        except ValueError as error:
+            raise StoreError(f"document {number} is bytes, and not UTF-8: {error}; map them to texts or ids") from error
     if isinstance(item, str):
         return item
     ids = np.asarray(as_array(item)) if isinstance(item, Sequence) or hasattr(item, "__array__") else None

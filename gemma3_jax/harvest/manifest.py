@@ -12,25 +12,24 @@ import itertools
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma3_jax import atomic
 from gemma3_jax.harvest.documents import documents
 from gemma3_jax.harvest.errors import StoreError
 from gemma3_jax.harvest.files import MANIFEST
 from gemma3_jax.harvest.sources import Corpus, digest_of
+from gemma3_jax.harvest.storage import Place
 from gemma3_jax.harvest.units import KEPT, Keep, Layout, Plan
 from gemma3_jax.hooked.protocol import Model
 from gemma3_jax.hooks.interception import Hook
 from gemma3_jax.hooks.reductions import Steps
 from gemma3_jax.hooks.tracing import traced
 from gemma3_jax.positions import Extent
-from gemma3_jax.reading import read_json
+from gemma3_jax.reading import parse_json
 from gemma3_jax.run.forward import forward
 from gemma3_jax.run.selection import ReducedCapture, captures
 from gemma3_jax.run.traced import activation_dtype
@@ -39,7 +38,7 @@ from gemma3_jax.sites.table import shape_of, site, token_axis
 from gemma3_jax.types import Params
 from gemma3_jax.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 _DOCUMENTS = 16  # whose ids stand for the tokenizer
 
 
@@ -138,31 +137,30 @@ def with_plan(manifest: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     return {**manifest, "units": plan.units, "tokens": plan.tokens}
 
 
-def read_manifest(out: Path) -> dict[str, Any]:
+def read_manifest(place: Place) -> dict[str, Any]:
     """The manifest of a store.
 
     Raises:
         StoreError: there is none, or it is damaged or of another version.
     """
-    file = out / MANIFEST
-    if not file.exists():
-        raise StoreError(f"{out} is not an activation store: it has no {MANIFEST}")
+    file = place.full(MANIFEST)
+    if place.size(MANIFEST) is None:
+        raise StoreError(f"{place} is not an activation store: it has no {MANIFEST}")
     try:
-        manifest = read_json(file)
-    except ValueError as error:
+        manifest = parse_json(file, place.read(MANIFEST).tobytes())
+    except (ValueError, OSError) as error:
         raise StoreError(error) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise StoreError(f"{file} is not the manifest of an activation store of this version")
     return manifest
 
 
-def write_manifest(out: Path, manifest: Mapping[str, Any]) -> None:
+def write_manifest(place: Place, manifest: Mapping[str, Any]) -> None:
     """Write the manifest, whole or not at all."""
-    with atomic.new_durable_file(out / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=1) + "\n")
+    place.write(MANIFEST, [(json.dumps(manifest, indent=1) + "\n").encode()])
 
 
-def check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def check_same(place: Place, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raise StoreError, which names the first differences, if a run does not continue a store."""
     before, now = (dict(_flat(manifest)) for manifest in (old, new))
     names = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
@@ -170,7 +168,7 @@ def check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> Non
         several = [f"{name} is {_shown(now, name)}, and was {_shown(before, name)}" for name in names[:3]]
         more = f", and {len(names) - 3} more" if len(names) > 3 else ""
         raise StoreError(
-            f"{out} has the activations of another run: {'; '.join(several)}{more}. Give the same arguments to "
+            f"{place} has the activations of another run: {'; '.join(several)}{more}. Give the same arguments to "
             "continue it, or another folder"
         )
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
+import logging
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import numpy as np
 
 from gemma3_jax.harvest.errors import StoreError
-from gemma3_jax.harvest.files import CLAIMS, unit_file
+from gemma3_jax.harvest.files import CLAIMS, present, unit_name
+from gemma3_jax.harvest.storage import Claim, Place
 
+_log = logging.getLogger(__name__)
 # Environment variables of a process: its number, the number of processes, and the first number.
 _SCHEDULERS = {
     "Slurm array": ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
@@ -62,61 +62,34 @@ def _from_environment(environment: Mapping[str, str]) -> tuple[int, int]:
     raise StoreError(f"part is 'environment', which has none of {known}; give part=(number, count), or part='claim'")
 
 
-class Claim:
-    """A unit that this process is working on; it ends when it is released, or when the process ends."""
-
-    def __init__(self, file: Path, opened: int):
-        self._file, self._opened = file, opened
-
-    def release(self) -> None:
-        """Let others have the unit."""
-        self._file.unlink(missing_ok=True)
-        os.close(self._opened)
-
-
-def units_of(part: tuple[int, int] | None, out: Path, missing: np.ndarray) -> Iterator[tuple[int, Claim | None]]:
+def units_of(part: tuple[int, int] | None, place: Place, missing: np.ndarray) -> Iterator[tuple[int, Claim | None]]:
     """The units to do, in order, and the claim of each, if units are claimed.
 
     `missing` has the numbers of the units without a file.
+
+    Raises:
+        StoreError: units are claimed, and the place cannot say whose they are.
     """
     if part is not None:
         number, count = part
         yield from ((int(unit), None) for unit in missing if unit % count == number)
         return
-    (out / CLAIMS).mkdir(exist_ok=True)
+    place.check_claims()
+    others = []
     for unit in missing.tolist():
-        claim = _claimed(out / CLAIMS / str(unit))
+        claim = place.claim(f"{CLAIMS}/{unit}")
         if claim is None:
+            others.append(unit)
             continue
-        if unit_file(out, unit).exists():  # another process has done it in the meantime
+        if place.size(unit_name(unit)) is not None:  # another process has done it in the meantime
             claim.release()
             continue
         yield unit, claim
-
-
-def _claimed(file: Path) -> Claim | None:
-    """The claim of a file that no living process has.
-
-    The claim is a lock on a file that is created if it is absent. The kernel releases the lock when the process ends,
-    however it ends; a network file system does so for a host that is gone.
-    """
-    opened = os.open(file, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_there = file.exists() and file.stat().st_ino == os.fstat(opened).st_ino
-    except OSError:
-        is_there = False
-    if not is_there:  # others have it, or have just removed it
-        os.close(opened)
-        return None
-    return Claim(file, opened)
-
-
-def remove_claims(out: Path) -> None:
-    """Remove the claims of processes that have ended."""
-    for file in (out / CLAIMS).glob("*"):
-        claim = _claimed(file)
-        if claim is not None:
-            claim.release()
-    with contextlib.suppress(OSError):
-        (out / CLAIMS).rmdir()
+    there = present(place, int(missing.max(initial=-1)) + 1)
+    left = [unit for unit in others if not there[unit]]
+    if left:
+        _log.warning(
+            "other processes are doing %d units that are not there yet; if one of them is gone, run again %s",
+            len(left),
+            place.expiry,
+        )

@@ -8,19 +8,17 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import io
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from gemma3_jax import atomic
 from gemma3_jax.cache.activations import ActivationCache
 from gemma3_jax.descriptions import size_text
 from gemma3_jax.harvest import files
@@ -37,8 +35,11 @@ from gemma3_jax.harvest.manifest import (
     write_manifest,
 )
 from gemma3_jax.harvest.packing import Pack
-from gemma3_jax.harvest.parts import Claim, part_of, remove_claims, units_of
+from gemma3_jax.harvest.parts import part_of, units_of
+from gemma3_jax.harvest.places import place_of
 from gemma3_jax.harvest.sources import Corpus, as_corpus
+from gemma3_jax.harvest.statistics import moments_of
+from gemma3_jax.harvest.storage import Claim, Place
 from gemma3_jax.harvest.units import Keep, Layout, Plan, Unit, make_plan, make_unit
 from gemma3_jax.hooked.hooked import HookedGemma3
 from gemma3_jax.inputs import Inputs
@@ -81,7 +82,7 @@ def harvest(
         sites: what to capture, as in `run_with_cache`: names, globs, or a mapping from them to a reduction, a list of
             reductions, or None. A result must keep the axes of rows and tokens. With `pack=False` it may also have one
             value for each row, as `reductions.At(-1)` and `reductions.Mean()`.
-        out: the folder of the store.
+        out: the folder of the store; or a name such as "s3://bucket/folder", for any store that `fsspec` knows.
         rows: rows of a unit, which run together.
         length: tokens of a row. A document that is longer is cut; the pieces do not see each other, and each begins
             with BOS if the document does.
@@ -100,7 +101,7 @@ def harvest(
     Raises:
         UnknownSite, TypeError, ValueError: `sites` is wrong, as for every capture.
         StoreError: the store has the activations of another run (the message names the difference); a unit is damaged;
-            the disk is full or lost (what is finished is kept); or the corpus is not one.
+            the disk is too small, full or lost (what is finished is kept); or the corpus is not one.
 
     >>> import tempfile
     >>> from gemma3_jax import TINY, HookedGemma3
@@ -115,17 +116,16 @@ def harvest(
         raise StoreError(
             "harvest runs in processes that do not know each other: leave jax.distributed out, and give part"
         )
-    mine, folder = part_of(part), Path(out)
+    mine, place = part_of(part), place_of(out)
     if not (isinstance(sites, str | Mapping) or callable(sites)):
         sites = tuple(sites)  # an iterator can be read only once
     layout = Layout(rows, length, seed, pack, drop_bos, sample, keep)
-    with _in_words(folder):
+    with _in_words(place):
         texts = as_corpus(corpus, bos_of(model))
-        plan, arrays = _prepared(model, texts, sites, layout, folder, progress)
-        job = _Job(model, texts, sites, layout, folder, plan, arrays)
-        _run(job, mine, _missing(folder, plan, repair), progress)
-        files.remove_abandoned(folder)
-        remove_claims(folder)
+        plan, arrays = _prepared(model, texts, sites, layout, place, progress)
+        job = _Job(model, texts, sites, layout, place, plan, arrays)
+        _run(job, mine, _missing(place, plan, repair), progress)
+        files.remove_abandoned(place)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,21 +136,21 @@ class _Job:
     corpus: Corpus
     sites: ReducedCapture
     layout: Layout
-    out: Path
+    out: Place
     plan: Plan
     arrays: list[Array]
 
 
 def _prepared(
-    model: HookedGemma3, corpus: Corpus, sites: ReducedCapture, layout: Layout, out: Path, progress: bool | None
+    model: HookedGemma3, corpus: Corpus, sites: ReducedCapture, layout: Layout, out: Place, progress: bool | None
 ) -> tuple[Plan, list[Array]]:
     """The plan and the arrays of a run, whose manifest is then in the folder."""
     new = new_manifest(model, corpus, sites, layout)
-    if not (out / files.MANIFEST).exists():
-        strangers = [file for file in out.glob("[!.]*") if file.name != files.PLAN]
-        if strangers and not (out / files.MANIFEST).exists():  # another process may have begun in the meantime
+    if out.size(files.MANIFEST) is None:
+        # Another process may begin in the meantime.
+        if set(out.strangers()) - {files.PLAN} and out.size(files.MANIFEST) is None:
             raise StoreError(f"{out} is not empty, and is not an activation store; give another folder")
-        out.mkdir(parents=True, exist_ok=True)
+        out.prepare()
         plan = _planned(model, corpus, layout, progress)
         write_manifest(out, with_plan(new, plan))
         _write_plan(out, plan)
@@ -178,30 +178,31 @@ def _planned(model: HookedGemma3, corpus: Corpus, layout: Layout, progress: bool
     return plan
 
 
-def _write_plan(out: Path, plan: Plan) -> None:
-    with atomic.new_durable_file(out / files.PLAN) as temporary, temporary.open("wb") as opened:
-        np.save(opened, plan.bounds)
+def _write_plan(out: Place, plan: Plan) -> None:
+    content = io.BytesIO()
+    np.save(content, plan.bounds)
+    out.write(files.PLAN, [content.getvalue()])
 
 
-def _read_plan(out: Path) -> Plan | None:
-    """The plan in the folder; None if it is missing or damaged."""
+def _read_plan(out: Place) -> Plan | None:
+    """The plan of the store; None if it is missing or damaged."""
     try:
-        bounds = np.load(out / files.PLAN, mmap_mode="r")
+        bounds = np.load(io.BytesIO(out.read(files.PLAN).data))
     except (OSError, ValueError, EOFError):
         return None
     return Plan(bounds) if bounds.ndim == 2 and bounds.shape[1] == 3 and bounds.dtype == np.int64 else None
 
 
-def _missing(out: Path, plan: Plan, repair: bool) -> np.ndarray:
+def _missing(out: Place, plan: Plan, repair: bool) -> np.ndarray:
     """The numbers of the units to do."""
-    files.remove_abandoned(out)
+    out.tidy()
     there = files.present(out, plan.units)
-    damaged = files.damaged(out, iter(np.flatnonzero(there).tolist()), whole=repair)
+    damaged = files.damaged(out, np.flatnonzero(there).tolist(), whole=repair)
     if damaged and not repair:
         more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
         raise StoreError(f"{next(iter(damaged.values()))}{more}")
     for number in damaged:
-        files.unit_file(out, number).unlink()
+        out.remove(files.unit_name(number))
         there[number] = False
     return np.flatnonzero(~there)
 
@@ -220,7 +221,7 @@ def _run(job: _Job, part: tuple[int, int] | None, missing: np.ndarray, progress:
     todo = sum(map(job.plan.tokens_of, mine))
     writing: collections.deque[Future[int]] = collections.deque()
     with _bar(progress, total=todo, unit=" tokens", unit_scale=True) as bar, ThreadPoolExecutor(1) as writer:
-        bar.set_postfix_str(_estimate(job.arrays, todo, job.out))
+        bar.set_postfix_str(_estimate(job, todo))
         written, cells, tokens = 0, 0, 0
         for cache in job.model.activations(batches(), job.sites) if mine else ():
             number, claim, unit = running.popleft()
@@ -249,10 +250,9 @@ def _write(job: _Job, number: int, claim: Claim | None, unit: Unit, cache: Activ
         else:
             # [b, ..., p, ...] -> [b, p, ...] -> [n, ...]
             contents[array.key] = np.moveaxis(np.asarray(value), array.axis, 1)[unit.rows, unit.columns]
-    file = files.unit_file(job.out, number)
-    if job.out.is_dir():  # it is not made again if it is lost
-        file.parent.mkdir(parents=True, exist_ok=True)
-    size = files.write_unit(file, contents, number)
+    for site in dict.fromkeys(array.site for array in job.arrays):
+        contents |= moments_of(site, {array.key: contents[array.key] for array in job.arrays if array.site == site})
+    size = files.write_unit(job.out, contents, number)
     if claim is not None:
         claim.release()
     return size
@@ -265,12 +265,25 @@ def _entry(tree: Any, name: str) -> Any:
     return tree[int(name)] if name.isdecimal() else getattr(tree, name)
 
 
-def _estimate(arrays: list[Array], tokens: int, out: Path) -> str:
-    """What is to come, in words: bytes of a token and in all, and the room on the disk."""
-    each, room = bytes_of_token(arrays), shutil.disk_usage(out).free
+def _estimate(job: _Job, tokens: int) -> str:
+    """What is to come, in words: bytes of a token and in all, and the room on the disk.
+
+    Raises:
+        StoreError: all tokens are kept, and the disk has no room for them.
+    """
+    each, room = bytes_of_token(job.arrays), job.out.room()
+    words = f"{size_text(each)} a token, at most {size_text(each * tokens)}"
+    if room is None:
+        return words
     if each * tokens > room:
-        _log.warning("the harvest takes up to %s, and %s has %s free", size_text(each * tokens), out, size_text(room))
-    return f"{size_text(each)} a token, at most {size_text(each * tokens)}, {size_text(room)} free"
+        too_small = f"{size_text(each * tokens)}, and {job.out} has {size_text(room)} free"
+        if (job.layout.sample, job.layout.keep, job.layout.drop_bos) == (None, None, False):
+            raise StoreError(
+                f"the harvest takes {too_small}: take fewer sites, reductions.Int8 or Cast('bfloat16'), sample=n, or "
+                "another folder"
+            )
+        _log.warning("the harvest takes up to %s", too_small)
+    return f"{words}, {size_text(room)} free"
 
 
 def _bar(progress: bool | None, **options: Any) -> Any:
@@ -278,13 +291,13 @@ def _bar(progress: bool | None, **options: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _in_words(out: Path) -> Iterator[None]:
+def _in_words(out: Place) -> Iterator[None]:
     """An error of the file system as one that says what is kept, and what to do."""
     try:
         yield
     except OSError as error:
         with contextlib.suppress(OSError):
-            files.remove_abandoned(out)
+            out.tidy()
         why = error.strerror or str(error)
         raise StoreError(
             f"{error.filename or out}: {why}. The finished units are kept: run again when {out} can be written, and "

@@ -84,6 +84,8 @@ class Shuffled:
         epoch: its number: another order.
         buffer: tokens that are shuffled together, in memory twice: those in use, and those that are read ahead.
         to: "numpy", "jax" or "torch": the arrays of a batch.
+        center: subtract the mean of each entry over the store; values are then float32.
+        scale: "std" or "norm", as in `Site.normalized`.
 
     Raises:
         StoreError: an argument is wrong.
@@ -100,6 +102,8 @@ class Shuffled:
         epoch: int = 0,
         buffer: int = 2**16,
         to: str = "numpy",
+        center: bool = False,
+        scale: str | None = None,
     ):
         if batch < 1 or not 0 <= part[0] < part[1] or to not in ("numpy", "jax", "torch"):
             raise StoreError(
@@ -111,6 +115,8 @@ class Shuffled:
         self.sites = [site for site in chosen if site.arrays[0].axis is not None]
         if sites is not None and len(self.sites) < len(chosen):
             raise StoreError("shuffled gives tokens; a site with one value for each document is read by rows and take")
+        if center or scale is not None:
+            self.sites = [site.normalized(center=center, scale=scale) for site in self.sites]
         # Whole batches, so that a batch lies in one buffer.
         self.buffer = max(1, buffer // batch) * batch
         runs = -(-len(store) // _RUN)

@@ -1,7 +1,8 @@
 """Corpora: anything with a length whose items are documents. Files are read as they are needed, whatever their size.
 
-An item is a text, token ids, or a mapping with `text`, `input_ids` or `messages` (a conversation for the tokenizer's
-chat template). So lists and Hugging Face `datasets` are corpora as they are.
+An item is a text (bytes are UTF-8), token ids, or a mapping with `text`, `input_ids` or `messages` (a conversation for
+the tokenizer's chat template). So lists, Hugging Face `datasets`, and the sources and data sets of `grain`, such as
+ArrayRecord's, are corpora as they are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 from gemma3_jax.extras import needs_extra
 from gemma3_jax.harvest.errors import StoreError
 
-Item = str | Sequence[int] | np.ndarray | Mapping[str, Any]
+Item = str | bytes | Sequence[int] | np.ndarray | Mapping[str, Any]
 _EVERY = 1024  # lines between two known offsets: 8 bytes for each of these
 _IDS = 2**16  # ids of a document in an array without document boundaries
 

@@ -11,8 +11,6 @@ import itertools
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,16 +18,19 @@ from gemma3_jax.config import Gemma3Config
 from gemma3_jax.descriptions import Described, Description, size_text
 from gemma3_jax.harvest import files
 from gemma3_jax.harvest.errors import StoreError
-from gemma3_jax.harvest.manifest import Array, arrays_in, bytes_of_token, read_manifest
+from gemma3_jax.harvest.exports import Buffer
+from gemma3_jax.harvest.manifest import arrays_in, bytes_of_token, read_manifest
+from gemma3_jax.harvest.places import place_of
 from gemma3_jax.harvest.shuffled import Shuffled
+from gemma3_jax.harvest.site import Site
+from gemma3_jax.harvest.statistics import Moments, Statistics, keys_of, statistics_of
 from gemma3_jax.harvest.units import KEPT
-from gemma3_jax.hooks.reductions import Int8Values
 from gemma3_jax.sites.names import get_act_name, resolve, spellings
-from gemma3_jax.types import PyTree, Tokenizer
+from gemma3_jax.types import Tokenizer
 
 Name = str | tuple[str, int] | tuple[str, int, str]
 _log = logging.getLogger(__name__)
-_OPEN = 256  # units whose headers are kept
+_OPEN = 2**12  # units whose headers are kept
 
 
 class ActivationStore(Described):
@@ -40,7 +41,8 @@ class ActivationStore(Described):
     a log message says so.
 
     Args:
-        out: the folder.
+        out: the folder, or a name such as "s3://bucket/folder". Rows of an object store are read when they are asked
+            for, and only these.
 
     Attributes:
         manifest: what the store has, as `manifest.json` says.
@@ -69,19 +71,20 @@ class ActivationStore(Described):
     """
 
     def __init__(self, out: str | os.PathLike[str]):
-        self.folder = Path(out)
-        self.manifest = read_manifest(self.folder)
+        self.place = place_of(out)
+        self.manifest = read_manifest(self.place)
         self.config = Gemma3Config.from_hf(self.manifest["config"])
-        there = files.present(self.folder, self.manifest["units"])
+        there = files.present(self.place, self.manifest["units"])
         self.missing = np.flatnonzero(~there)
         self._units = np.flatnonzero(there)
         self._arrays = arrays_in(self.manifest)
         self._unit = functools.lru_cache(maxsize=_OPEN)(self._read)
         self._ends = functools.cache(self._find_ends)
+        self.find_statistics = functools.cache(self._find_statistics)
         if self.missing.size:
             _log.warning(
                 "%s: %s of %s units are not there yet; rows are numbered without them",
-                self.folder, f"{self.missing.size:,}", f"{there.size:,}",
+                self.place, f"{self.missing.size:,}", f"{there.size:,}",
             )  # fmt: skip
 
     def __len__(self) -> int:
@@ -100,6 +103,14 @@ class ActivationStore(Described):
     def sites(self) -> tuple[str, ...]:
         """The canonical names of the sites, in the model's order."""
         return tuple(self.manifest["sites"])
+
+    @property
+    def statistics(self) -> Mapping[Name, Statistics]:
+        """Count, mean, variance and norm of the values of a site, by any of its names: see `Statistics`.
+
+        They are those of all units that are there, from sums that each unit keeps.
+        """
+        return _OfSites(self)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Ids [m] int32 of the tokens from `start` to `stop`."""
@@ -130,15 +141,15 @@ class ActivationStore(Described):
             raise IndexError(
                 f"rows {start} to {stop} of {key}: they are counted from 0, and the store has {ends[-1]:,}"
             )
-        if not self._units.size:
-            raise StoreError(f"{self.folder} has no unit yet")
+        self._first_unit()
         start, stop = min(start, ends[-1]), min(stop, ends[-1])
         first = min(bisect.bisect_right(ends, start), len(self._units)) - 1
         parts: list[np.ndarray] = []
         for i in range(first, len(self._units)):
             if ends[i] >= stop and parts:
                 break
-            parts.append(self._unit(int(self._units[i])).array(key)[max(start - ends[i], 0) : max(stop - ends[i], 0)])
+            unit = self._unit(int(self._units[i]))
+            parts.append(unit.rows(key, max(start - ends[i], 0), max(stop - ends[i], 0)))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def take(self, key: str, rows: np.ndarray) -> np.ndarray:
@@ -147,12 +158,23 @@ class ActivationStore(Described):
         rows = np.asarray(rows)
         if rows.size and not (rows.min() >= 0 and rows.max() < ends[-1]):
             raise IndexError(f"rows {rows.min()} to {rows.max()} of {key}: the store has {ends[-1]:,}")
-        units = np.searchsorted(ends, rows, "right") - 1
-        like = self.read(key, 0, min(1, int(ends[-1])))
-        found = np.empty((len(rows), *like.shape[1:]), like.dtype)
-        for unit in np.unique(units):
-            chosen = units == unit
-            found[chosen] = self._unit(int(self._units[unit])).array(key)[rows[chosen] - ends[unit]]
+        stored = self._first_unit().arrays[key]
+        order = np.argsort(rows, kind="stable")
+        known = rows[order]
+        units = np.searchsorted(ends, known, "right") - 1
+        # Rows that are near each other in one file are read together.
+        far = (np.diff(known) - 1) * stored.row > self.place.gap
+        cuts = np.flatnonzero((np.diff(units) > 0) | far) + 1
+        spans = np.split(np.arange(len(known)), cuts) if len(known) else []
+
+        def read(span: np.ndarray) -> np.ndarray:
+            some, unit = known[span], units[span[0]]
+            first, last = some[0] - ends[unit], some[-1] - ends[unit]
+            return self._unit(int(self._units[unit])).rows(key, int(first), int(last) + 1)[some - some[0]]
+
+        found = np.empty((len(rows), *stored.shape[1:]), stored.dtype)
+        for span, part in zip(spans, files.in_threads(self.place, read, spans), strict=True):
+            found[order[span]] = part
         return found
 
     def shuffled(
@@ -165,9 +187,30 @@ class ActivationStore(Described):
         epoch: int = 0,
         buffer: int = 2**16,
         to: str = "numpy",
+        center: bool = False,
+        scale: str | None = None,
     ) -> Shuffled:
         """Batches of tokens by chance, each token once an epoch: see `Shuffled`."""
-        return Shuffled(self, batch, seed, sites=sites, part=part, epoch=epoch, buffer=buffer, to=to)
+        return Shuffled(
+            self, batch, seed, sites=sites, part=part, epoch=epoch, buffer=buffer, to=to, center=center, scale=scale
+        )
+
+    def buffer(
+        self, sites: Name | list[Name], batch: int, seed: int = 0, *, center: bool = False, scale: str | None = None
+    ) -> Buffer:
+        """Torch tensors [batch, d] float32 without end, for dictionary_learning's `trainSAE(data=...)`.
+
+        Several sites give [batch, sites, d], as its crosscoders take. `center` and `scale` as in `Site.normalized`.
+        """
+        names = sites if isinstance(sites, list) else [sites]
+        if not len(self):
+            raise StoreError(f"{self.place} has no token yet")
+
+        def epoch(number: int) -> Shuffled:
+            return self.shuffled(batch, seed, sites=names, epoch=number, center=center, scale=scale)
+
+        config = {"sites": [self[name].name for name in names], "out_batch_size": batch, "seed": seed}
+        return Buffer(epoch, names, {**config, "center": center, "scale": scale})
 
     def context(self, row: int, tokenizer: Tokenizer, before: int = 16, after: int = 8) -> tuple[str, str, str]:
         """The text before a token, its own, and the text after it, from the tokens of its document in the store."""
@@ -187,14 +230,32 @@ class ActivationStore(Described):
         known = "tokens" if key in KEPT or self._is_of_tokens(key) else key
         if known != key:
             return self._ends(known)
-        lengths = [self._read(int(unit)).arrays[key].shape[0] for unit in self._units]
-        return [0, *itertools.accumulate(lengths)]
+        units = files.in_threads(self.place, self._unit, self._units.tolist())
+        return [0, *itertools.accumulate(unit.arrays[key].shape[0] for unit in units)]
+
+    def _first_unit(self) -> files.UnitFile:
+        if not self._units.size:
+            raise StoreError(f"{self.place} has no unit yet")
+        return self._unit(int(self._units[0]))
+
+    def _find_statistics(self, site: str) -> Statistics:
+        both, norms = keys_of(site)
+
+        def of_unit(number: int) -> tuple[int, Moments]:
+            unit = self._unit(number)
+            if both not in unit.arrays:
+                raise KeyError(f"{site} has no statistics: it has integers, or its reduction leaves several arrays")
+            return unit.arrays[keys[0]].shape[0], Moments(unit.rows(both), unit.rows(norms))
+
+        self._first_unit()
+        keys = [array.key for array in self._arrays if array.site == site]
+        return statistics_of(files.in_threads(self.place, of_unit, self._units.tolist()))
 
     def _is_of_tokens(self, key: str) -> bool:
         return any(array.key == key and array.axis is not None for array in self._arrays)
 
     def _read(self, number: int) -> files.UnitFile:
-        return files.read_unit(files.unit_file(self.folder, number))
+        return files.read_unit(self.place, number)
 
     def _ipython_key_completions_(self) -> list[str]:
         return spellings(self.sites, self.config)
@@ -209,75 +270,27 @@ class ActivationStore(Described):
         return Description(title, tuple(rows))
 
 
-class Site(Described):
-    """The values of one site of a store."""
+class _OfSites(Mapping[Name, Statistics]):
+    """The statistics of the sites of a store, which are read when they are asked for."""
 
-    def __init__(self, store: ActivationStore, name: str, arrays: list[Array]):
-        self.store, self.name, self.arrays = store, name, arrays
+    def __init__(self, store: ActivationStore):
+        self._store = store
+
+    def __getitem__(self, name: Name) -> Statistics:
+        return self._store.find_statistics(self._store[name].name)
+
+    def __iter__(self) -> Iterator[Name]:
+        return iter(self._store.sites)
 
     def __len__(self) -> int:
-        """The number of tokens; of documents, if the reduction left one value for each."""
-        return int(self.store.bounds(self.arrays[0].key)[-1])
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of all rows, if the site has one array."""
-        return (len(self), *self.arrays[0].shape)
-
-    def rows(self, start: int, stop: int) -> PyTree:
-        """The values from `start` to `stop`, [m, ...]; see `take` for the results of reductions."""
-        return self._assembled({array.key: self.store.read(array.key, start, stop) for array in self.arrays})
-
-    def take(self, rows: np.ndarray) -> PyTree:
-        """The values of any rows [m], [m, ...].
-
-        The result of a reduction with several arrays, as `TopK`, is a mapping from their names; that of
-        `reductions.Int8` is float32 again.
-        """
-        return self._assembled({array.key: self.store.take(array.key, rows) for array in self.arrays})
-
-    def documents(self, start: int, stop: int) -> np.ndarray:
-        """The number [m] int64 of the document of each row."""
-        return self.store.read("documents" if self.arrays[0].axis is not None else "row_documents", start, stop)
-
-    def __iter__(self) -> Iterator[PyTree]:
-        """The values of each unit, in order."""
-        bounds = self.store.bounds(self.arrays[0].key)
-        return (self.rows(int(start), int(stop)) for start, stop in itertools.pairwise(bounds))
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.rows(0, len(self)), dtype)
-
-    def save(self, file: str | os.PathLike[str], dtype: str = "float32") -> None:
-        """Write all rows to one `.npy` file, unit by unit, in a dtype that NumPy has."""
-        from gemma3_jax import atomic
-
-        with atomic.new_file(file) as temporary:
-            mapped = np.lib.format.open_memmap(temporary, "w+", np.dtype(dtype), self.shape)
-            at = 0
-            for values in self:
-                mapped[at : at + len(values)] = values
-                at += len(values)
-            mapped.flush()
-
-    def _assembled(self, parts: Mapping[str, np.ndarray]) -> PyTree:
-        if list(parts) == [self.name]:
-            return parts[self.name]
-        named = {key.removeprefix(f"{self.name}/"): value for key, value in parts.items()}
-        if set(named) == set(Int8Values._fields) and named["int8"].dtype == np.int8:
-            return named["int8"].astype(np.float32) * named["scales"]
-        return named
-
-    def _description(self) -> Description:
-        shapes = [(array.key, f"{[len(self), *array.shape]} {array.dtype}") for array in self.arrays]
-        return Description(f"{self.name} of {self.store.folder}", tuple(shapes))
+        return len(self._store.sites)
 
 
 def damaged(out: str | os.PathLike[str]) -> dict[int, str]:
     """Units of a store whose content is not what was written, and what is wrong, by number. Reads all of the store."""
-    folder = Path(out)
-    there = np.flatnonzero(files.present(folder, read_manifest(folder)["units"]))
-    return files.damaged(folder, iter(there.tolist()), whole=True)
+    place = place_of(out)
+    there = np.flatnonzero(files.present(place, read_manifest(place)["units"]))
+    return files.damaged(place, there.tolist(), whole=True)
 
 
 def verify(out: str | os.PathLike[str]) -> None:

@@ -4,6 +4,7 @@ Axes: n tokens.
 """
 
 import shutil
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -204,11 +205,12 @@ def test_damage_is_found_and_repaired(model, out, tmp_path):
     for use in (lambda: harvest(model, TEXTS, SITES, folder, **SHAPE), lambda: len(ActivationStore(folder))):
         with pytest.raises(StoreError, match=rf"{files[1].name} is damaged.*repair"):
             use()
-    changed = bytearray(whole[0])
-    changed[-5] ^= 1
-    files[0].write_bytes(bytes(changed))
-    with pytest.raises(StoreError, match=rf"{files[0].name}.*checksum"):
-        verify(folder)
+    for place in (-5, whole[0].index(b"tokens")):  # in the content and in the header
+        changed = bytearray(whole[0])
+        changed[place] ^= 1
+        files[0].write_bytes(bytes(changed))
+        with pytest.raises(StoreError, match=rf"{files[0].name}.*checksum"):
+            verify(folder)
     untouched = files[-1].stat().st_mtime_ns
     harvest(model, TEXTS, SITES, folder, repair=True, **SHAPE)
     assert [file.read_bytes() for file in files] == whole
@@ -243,16 +245,18 @@ def test_an_unfinished_store(model, out, tmp_path, caplog):
 
 def test_a_full_disk(model, tmp_path, monkeypatch):
     """One clear error; what is finished is kept, nothing else is left, and a later run does the rest."""
+    from gemma3_jax import atomic
     from gemma3_jax.harvest import files
 
     write, sizes = files.write_unit, []
 
-    def full(file, arrays, number):
+    def full(place, arrays, number):
         if number == 1:
-            with files.atomic.new_durable_file(file) as temporary:
+            file = place.full(files.unit_name(1))
+            with atomic.new_durable_file(file) as temporary:
                 temporary.write_bytes(b"some")
-                raise OSError(28, "No space left on device", str(file))
-        sizes.append(write(file, arrays, number))
+                raise OSError(28, "No space left on device", file)
+        sizes.append(write(place, arrays, number))
         return sizes[-1]
 
     monkeypatch.setattr(files, "write_unit", full)
@@ -264,6 +268,19 @@ def test_a_full_disk(model, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "units" / "000" / "000000.safetensors").exists()
     assert not (tmp_path / "out" / "units" / "000" / "000001.safetensors").exists()
     harvest(*arguments, rows=1, length=32)
+    verify(tmp_path / "out")
+
+
+def test_a_small_disk(model, tmp_path, monkeypatch, caplog):
+    """Nothing is begun if all tokens do not fit; with a sample of them, which may be smaller, it is a warning."""
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: types.SimpleNamespace(free=3000))
+    with pytest.raises(StoreError, match=r"takes .* KiB, and .* has 2.9 KiB free.*sample"):
+        harvest(model, TEXTS, "blocks.1.hook_out", tmp_path / "out", **SHAPE)
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    harvest(model, TEXTS, "blocks.1.hook_out", tmp_path / "sampled", sample=1, **SHAPE)
+    assert "has 2.9 KiB free" in caplog.text
+    monkeypatch.undo()
+    harvest(model, TEXTS, "blocks.1.hook_out", tmp_path / "out", **SHAPE)  # control
     verify(tmp_path / "out")
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from gemma3_jax.harvest import StoreError
-from gemma3_jax.harvest.files import CLAIMS, unit_file
-from gemma3_jax.harvest.parts import part_of, remove_claims, units_of
+from gemma3_jax.harvest.files import CLAIMS, remove_abandoned, unit_name
+from gemma3_jax.harvest.folders import Folder
+from gemma3_jax.harvest.parts import part_of, units_of
 
 
 @pytest.mark.parametrize(
@@ -33,26 +34,24 @@ def test_what_is_not_a_part(part):
 def test_parts_have_every_unit_once(tmp_path, count):
     """Any number of processes."""
     missing = np.asarray([0, 2, 3, 5, 8, 9])
-    done = [unit for i in range(count) for unit, _ in units_of((i, count), tmp_path, missing)]
+    done = [unit for i in range(count) for unit, _ in units_of((i, count), Folder(tmp_path), missing)]
     assert sorted(done) == missing.tolist()
 
 
 def test_claims(tmp_path):
     """A unit that is claimed, or done, is passed over; one that is given up is taken; nothing is left over."""
-    missing = np.arange(4)
-    first, second = units_of(None, tmp_path, missing), units_of(None, tmp_path, missing)
+    missing, place = np.arange(4), Folder(tmp_path)
+    first, second = units_of(None, place, missing), units_of(None, place, missing)
     unit, claim = next(first)
     assert unit == 0
     assert next(second)[0] == 1  # unit 0 belongs to the first
-    file = unit_file(tmp_path, 2)
-    file.parent.mkdir(parents=True)
-    file.write_bytes(b"done by somebody")
+    place.write(unit_name(2), [b"done by somebody"])
     taken, other = next(first)
     assert taken == 3
     for each in (claim, other):
         each.release()
-    assert next(units_of(None, tmp_path, missing))[0] == 0  # control: it is free again
+    assert next(units_of(None, place, missing))[0] == 0  # control: it is free again
     del second, first
     (tmp_path / CLAIMS / "7").write_text("")  # of a process that was killed
-    remove_claims(tmp_path)
+    remove_abandoned(place)
     assert not (tmp_path / CLAIMS / "7").exists()

@@ -117,6 +117,23 @@ def test_parquet(model, tmp_path):
         Parquet(tmp_path / "corpus.parquet", "body")
 
 
+def test_grain(model, tmp_path):
+    """Records of ArrayRecord are texts; a data set of grain gives what its functions make."""
+    grain = pytest.importorskip("grain")
+    array_record = pytest.importorskip("array_record.python.array_record_module")
+    file = str(tmp_path / "corpus.array_record")
+    writer = array_record.ArrayRecordWriter(file, "group_size:1")
+    for text in TEXTS:
+        writer.write(text.encode())
+    writer.close()
+    wanted = ids_of(model, TEXTS)
+    records = grain.sources.ArrayRecordDataSource([file])
+    assert ids_of(model, records) == wanted
+    assert ids_of(model, grain.MapDataset.source(records).map(lambda record: {"text": record.decode()})) == wanted
+    assert digest_of(as_corpus(records, BOS)) == digest_of(as_corpus([text.encode() for text in TEXTS], BOS))
+    assert digest_of(as_corpus(records, BOS)) != digest_of(as_corpus([b"ba", b"mu", b"ti"], BOS))
+
+
 @pytest.mark.parametrize(
     ("corpus", "message"),
     [
@@ -127,6 +144,7 @@ def test_parquet(model, tmp_path):
         ([{"body": "ba"}], "document 0"),
         ([[2, 10**6]], "outside the vocabulary"),
         ([[0.5]], "document 0"),
+        (["ba", b"\xff\xfe"], "document 1 is bytes, and not UTF-8"),
         ("no/such/file.txt", "not a file"),
         ("no/such/file.npy", "not a file"),
         ([{"messages": [{"role": "user", "content": "ba"}]}], "chat template"),

@@ -95,6 +95,7 @@ ONLY_IN = {
     "typer": ["cli"],
     "gguf": ["conversion"],
     "pyarrow": ["harvest"],
+    "fsspec": ["harvest"],
 }
 
 FILES = sorted((ROOT / "gemma3_jax").rglob("*.py"))
