@@ -7,6 +7,7 @@ is kept. Those that must run code as users do start with the environment of `tes
 import functools
 import gc
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -97,6 +98,25 @@ def checkpoint(request) -> Path:
     if not (Path(directory) / "config.json").is_file():
         pytest.fail(f"--checkpoint is {directory}, which holds no config.json")
     return Path(directory)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Debian's Chromium, one for the session."""
+    from playwright.sync_api import sync_playwright
+
+    path = shutil.which("chromium")
+    if path is None:
+        message = "no chromium on PATH: apt-get install chromium"
+        pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
+    arguments = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync"
+    )
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=arguments.split())
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture

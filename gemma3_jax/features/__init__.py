@@ -3,6 +3,7 @@
 from gemma3_jax.features.activations import Gated, GroupMax, JumpRelu, Relu, TopK
 from gemma3_jax.features.attribution import feature_attribution
 from gemma3_jax.features.checking import check
+from gemma3_jax.features.dashboards import dashboard
 from gemma3_jax.features.dictionaries import SparseAutoencoder, Transcoder
 from gemma3_jax.features.encoding import Encode
 from gemma3_jax.features.layered import Crosscoder, CrossLayerTranscoder
@@ -31,6 +32,7 @@ __all__ = [
     "TopK",
     "Transcoder",
     "UnitNorm",
+    "dashboard",
     "feature_attribution",
     "load",
     "save",

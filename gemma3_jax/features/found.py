@@ -15,6 +15,7 @@ import numpy as np
 from gemma3_jax.descriptions import Described, Description
 from gemma3_jax.features.corpora import Source
 from gemma3_jax.features.direct import direct_logits
+from gemma3_jax.features.neuronpedia import url_of
 from gemma3_jax.features.parts import Feature, reader_of
 from gemma3_jax.features.placement import Dictionary
 from gemma3_jax.features.tallies import BINS, Reader, chunks, kept_of, values_of
@@ -113,12 +114,13 @@ class Found(Described):
         features: [f] the features that were searched; of a dictionary of several layers [f, 2], layer and index.
         frequency: [f] float64, the fraction of the tokens on which each is active.
         largest: [f] float32, the largest value of each.
+        dictionary: whose features they are.
     """
 
     def __init__(
         self, model: HookedGemma3, sae: Dictionary, source: Source, layers: Mapping[int | None, Layer], tokens: int
     ):
-        self._model, self._sae, self._source, self._layers = model, sae, source, layers
+        self._model, self.dictionary, self._source, self._layers = model, sae, source, layers
         self.tokens, self.documents = tokens, source.documents
         indices = [each.indices if layer is None else _pairs(layer, each.indices) for layer, each in layers.items()]
         self.features = np.concatenate(indices)
@@ -136,14 +138,14 @@ class Found(Described):
             ValueError: it is not a feature of the dictionary.
             KeyError: it is not among the features that were searched.
         """
-        layer, index = reader_of(self._sae, feature)
+        layer, index = reader_of(self.dictionary, feature)
         number = int(index)
         known = self._layers.get(layer)
         row = -1 if known is None else int(np.searchsorted(known.indices, number))
         if known is None or row == len(known.indices) or known.indices[row] != number:
             raise KeyError(f"feature {feature} was not searched; name it in features, or leave that out")
         name = number if layer is None else (layer, number)
-        return FoundFeature(name, known, row, self.tokens, self._model, self._sae, self._source)
+        return FoundFeature(name, known, row, self.tokens, self._model, self.dictionary, self._source)
 
     def __iter__(self) -> Iterator[FoundFeature]:
         """Each feature, in order."""
@@ -237,6 +239,11 @@ class FoundFeature(Described):
     def bottom_logits(self) -> list[tuple[str, float]]:
         """The k tokens whose logits it lowers most, the lowest first; see `top_logits`."""
         return self._best(1)
+
+    @property
+    def neuronpedia(self) -> str | None:
+        """The address of its page on Neuronpedia; None if the dictionary was not loaded with an id there."""
+        return url_of(self._sae, self.feature)
 
     @functools.cached_property
     def logits(self) -> np.ndarray:
