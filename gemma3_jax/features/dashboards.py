@@ -43,7 +43,7 @@ def dashboard(
 
     A page has the texts where the feature is largest, each token on the colour of its value; how often it is active; a
     histogram of its values; the logits that it raises and lowers; facts of its weights and the features with similar
-    decoder rows; and a link to Neuronpedia where the dictionary was loaded with an id there. Pages are about 100 kB,
+    decoder rows; and a link to Neuronpedia where the dictionary was loaded with an id there. Pages are some tens of kB,
     and have all that they need: they work without a network. Values in texts come from a run for each feature.
 
     Args:

@@ -84,8 +84,8 @@ ROOMS = {
     "parity": ("the comparison with Hugging Face, in torch", "config types extras sites model conversion run"),
     "cli": (
         "the command line",
-        "messages atomic reading kept extras types sites conversion generation placing hooked harvest pictures parity "
-        "reductions",
+        "messages atomic reading kept extras types inputs sites conversion generation placing hooked harvest pictures "
+        "features parity reductions",
     ),
 }
 # Only these rooms import packages that load slowly or are optional.
