@@ -119,6 +119,24 @@ def browser():
         chromium.close()
 
 
+@pytest.fixture(scope="session")
+def visit(browser):
+    """Opens a file in a tab; what went wrong there, and what was asked of a network."""
+    context = browser.new_context(viewport={"width": 1200, "height": 900})
+    context.route(lambda url: url.startswith(("http", "ws")), lambda route: route.abort())
+
+    def open_(file):
+        page, problems = context.new_page(), []
+        page.on("console", lambda message: problems.append(f"console {message.type}: {message.text}"))
+        page.on("pageerror", lambda error: problems.append(f"error: {error}"))
+        page.on("request", lambda request: request.url.startswith("file:") or problems.append(request.url))
+        page.goto(file.as_uri())
+        return page, problems
+
+    yield open_
+    context.close()
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Call `gemma3-jax` in this process; returns what `subprocess.run` does."""

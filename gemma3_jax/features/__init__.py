@@ -10,6 +10,7 @@ from gemma3_jax.features.layered import Crosscoder, CrossLayerTranscoder
 from gemma3_jax.features.loading import load
 from gemma3_jax.features.normalizations import LayerNorm, UnitNorm
 from gemma3_jax.features.placement import shardings
+from gemma3_jax.features.prompt_views import prompt_view
 from gemma3_jax.features.saving import save
 from gemma3_jax.features.searching import search
 from gemma3_jax.features.splicing import splice, steer
@@ -35,6 +36,7 @@ __all__ = [
     "dashboard",
     "feature_attribution",
     "load",
+    "prompt_view",
     "save",
     "search",
     "shardings",

@@ -58,7 +58,7 @@ class Example:
     @property
     def tokens(self) -> list[str]:
         """[w], each token as a string; its id if the model has no tokenizer."""
-        return _spelled(self._model, self.ids)
+        return spelled(self._model, self.ids)
 
     @property
     def token(self) -> str:
@@ -258,7 +258,7 @@ class FoundFeature(Described):
 
     def _best(self, sign: int) -> list[tuple[str, float]]:
         order = np.argsort(sign * self.logits, kind="stable")[: self._layer.values.shape[1]]
-        return list(zip(_spelled(self._model, order), self.logits[order].tolist(), strict=True))
+        return list(zip(spelled(self._model, order), self.logits[order].tolist(), strict=True))
 
     def _description(self) -> Description:
         often = f"active on {self.frequency:.3%} of {self.tokens:,} tokens"
@@ -274,7 +274,7 @@ class FoundFeature(Described):
         return Description(title, tuple(rows))
 
 
-def _spelled(model: HookedGemma3, ids: np.ndarray) -> list[str]:
+def spelled(model: HookedGemma3, ids: np.ndarray) -> list[str]:
     """Each token as a string."""
     if model.tokenizer is None:
         return [str(each) for each in ids.tolist()]
@@ -283,7 +283,7 @@ def _spelled(model: HookedGemma3, ids: np.ndarray) -> list[str]:
 
 def _text(model: HookedGemma3, ids: np.ndarray) -> str:
     """Tokens as one string."""
-    return " ".join(_spelled(model, ids)) if model.tokenizer is None else cast(str, model.to_string(ids))
+    return " ".join(spelled(model, ids)) if model.tokenizer is None else cast(str, model.to_string(ids))
 
 
 def _pairs(layer: int, indices: np.ndarray) -> np.ndarray:

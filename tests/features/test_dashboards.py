@@ -28,8 +28,7 @@ FEATURES, NEVER = [2, 3, 5, 12], 3
 LABEL = "<b>a label</b> of 12"
 
 
-@pytest.fixture(scope="module")
-def model():
+def hostile_model():
     """The shipped model with other spellings of its tokens."""
     tiny = HookedGemma3.from_pretrained(TINY, dtype="float32")
     known = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3} | {word: i for i, word in enumerate(HOSTILE, 4)}
@@ -38,6 +37,11 @@ def model():
     special = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
     wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     return HookedGemma3(tiny.config, tiny.params, wrapped)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return hostile_model()
 
 
 @pytest.fixture(scope="module")
@@ -51,24 +55,6 @@ def found(model):
 @pytest.fixture(scope="module")
 def index(found, tmp_path_factory):
     return features.dashboard(found, tmp_path_factory.mktemp("d") / "pages", labels={12: LABEL}, title="<i>Title</i>")
-
-
-@pytest.fixture(scope="module")
-def visit(browser):
-    """Opens a file in a tab; what went wrong there, and what was asked of a network."""
-    context = browser.new_context(viewport={"width": 1200, "height": 900})
-    context.route(lambda url: url.startswith(("http", "ws")), lambda route: route.abort())
-
-    def open_(file):
-        page, problems = context.new_page(), []
-        page.on("console", lambda message: problems.append(f"console {message.type}: {message.text}"))
-        page.on("pageerror", lambda error: problems.append(f"error: {error}"))
-        page.on("request", lambda request: request.url.startswith("file:") or problems.append(request.url))
-        page.goto(file.as_uri())
-        return page, problems
-
-    yield open_
-    context.close()
 
 
 def test_a_page_shows_what_was_found(found, index, visit):
