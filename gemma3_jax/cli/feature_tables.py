@@ -1,5 +1,6 @@
 """What `gemma3-jax features` prints: tables, and what JSON has of the same."""
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,13 @@ def _logits(each: "FoundFeature") -> Mapping[str, list[tuple[str, float]]]:
         return {"top_logits": [], "bottom_logits": []}
 
 
+def _coactive(found: "Found", feature: Any) -> list[dict[str, Any]]:
+    """The features that are active on the same tokens, of those that were searched; none if they were not counted."""
+    with contextlib.suppress(KeyError):
+        return [each._asdict() for each in found.coactive(feature)]
+    return []
+
+
 def search_as_dict(found: "Found", shown: Sequence["FoundFeature"]) -> dict[str, Any]:
     """What a search found, as JSON has it."""
     return {
@@ -93,6 +101,7 @@ def search_as_dict(found: "Found", shown: Sequence["FoundFeature"]) -> dict[str,
                     for one in each.examples
                 ],
                 **_logits(each),
+                "coactive": _coactive(found, each.feature),
                 "neuronpedia": each.neuronpedia,
             }
             for each in shown

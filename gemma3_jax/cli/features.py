@@ -41,6 +41,9 @@ Chosen = Annotated[
 Examples = Annotated[int, typer.Option("-k", "--examples", help="Examples of each feature.")]
 Rows = Annotated[int, typer.Option(help="Rows that run together.")]
 Length = Annotated[int, typer.Option(help="Tokens of a row; a longer document is cut.")]
+State = Annotated[
+    Path | None, typer.Option(help="File with how far the search is; run the same command again to continue it.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
@@ -88,6 +91,7 @@ def search(
     most: Annotated[int, typer.Option(help="Without --feature: how many are listed, by their largest value.")] = 20,
     rows: Rows = 16,
     length: Length = 1024,
+    state: State = None,
     field: Field = None,
     site_in: SiteIn = None,
     site_out: SiteOut = None,
@@ -97,11 +101,11 @@ def search(
     dictionary_revision: Pinned = None,
 ) -> None:
     """Find where features are largest in a corpus, how often they are active, and which logits they raise."""
-    wanted = _wanted(feature, examples, most)
+    wanted = _wanted(feature, examples, most, state)
     texts = _searched(corpus, field)
     sae = _dictionary(dictionary, path, dictionary_revision, site_in, site_out, wanted)
     model = _model(source, sae, dtype, revision)
-    found = _found(model, sae, texts, wanted, examples, rows, length)
+    found = _found(model, sae, texts, wanted, examples, rows, length, state)
     shown = [found[each] for each in wanted or _largest(found, most)]
     if as_json:
         print(json.dumps(search_as_dict(found, shown), indent=2))
@@ -129,6 +133,7 @@ def dashboard(
     ] = None,
     rows: Rows = 16,
     length: Length = 1024,
+    state: State = None,
     field: Field = None,
     site_in: SiteIn = None,
     site_out: SiteOut = None,
@@ -140,12 +145,12 @@ def dashboard(
     from gemma3_jax.features import dashboard as write
 
     atomic.check_new_directory(out)
-    wanted = _wanted(feature, examples, most)
+    wanted = _wanted(feature, examples, most, state)
     named = _labels(labels)
     texts = _searched(corpus, field)
     sae = _dictionary(dictionary, path, dictionary_revision, site_in, site_out, [*(wanted or []), *named])
     model = _model(source, sae, dtype, revision)
-    found = _found(model, sae, texts, wanted, examples, rows, length)
+    found = _found(model, sae, texts, wanted, examples, rows, length, state)
     shown = wanted or _largest(found, most)
     own = {each: text for each, text in named.items() if each in shown}
     index = write(found, out, shown, labels=own, title=dictionary)
@@ -199,8 +204,10 @@ def train(
     say(f"{out}: {repr(sae).partition(chr(10))[0]}.")
 
 
-def _wanted(names: Sequence[str] | None, examples: int, most: int) -> list[Any] | None:
-    """The features that are named; None for all of them. Raises the errors of other numbers too."""
+def _wanted(names: Sequence[str] | None, examples: int, most: int, state: Path | None) -> list[Any] | None:
+    """The features that are named; None for all of them. Raises the errors of other options too."""
+    if state is not None:
+        atomic.check_new_file(state)
     for option, value in (("--examples", examples), ("--most", most)):
         if value < 1:
             raise ValueError(f"{option} is {value}; it must be at least 1")
@@ -273,10 +280,13 @@ def _model(source: str, sae: Any, dtype: str | None, revision: str | None) -> "H
         return HookedGemma3.from_pretrained(source, dtype, revision)
 
 
-def _found(model: Any, sae: Any, texts: Any, wanted: Any, k: int, rows: int, length: int) -> "Found":
+def _found(
+    model: Any, sae: Any, texts: Any, wanted: Any, k: int, rows: int, length: int, state: Path | None
+) -> "Found":
+    """The search; its progress is shown on a terminal."""
     from gemma3_jax.features import search as find
 
-    return find(model, sae, texts, k, wanted, rows=rows, length=length)
+    return find(model, sae, texts, k, wanted, rows=rows, length=length, state=state)
 
 
 def _largest(found: "Found", most: int) -> list[Any]:

@@ -5,6 +5,7 @@ Axes: d features of a site, f features of the dictionary, w tokens of a window.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from gemma3_jax.pictures.scale import fitting_scale
 from gemma3_jax.sites.names import layer_of
 
 _WORDS = 8  # tokens in a cell of the index
-_SIMILAR = 6
+_BESIDE = 6
 
 
 def dashboard(
@@ -104,7 +105,7 @@ def _plain(feature: Any) -> Feature:
 def _page(found: Found, own: FoundFeature, beside: list[Feature | None], labels: Labels, pages: set[Feature]) -> str:
     """The page of a feature, between two others."""
     counts, edges = own.histogram
-    before, after = (each if each is None else {"name": name_of(each), "file": file_of(each)} for each in beside)
+    before, after = (each if each is None else _linked(each, pages) for each in beside)
     values: dict[str, Any] = {"top": [], "bottom": [], "no_logits": ""}
     try:
         values |= {"top": own.top_logits, "bottom": own.bottom_logits}
@@ -122,6 +123,7 @@ def _page(found: Found, own: FoundFeature, beside: list[Feature | None], labels:
         bars=bars(counts, edges),
         end=f"{edges[-1]:.4g}",
         similar=_similar(own.feature, found.dictionary, pages),
+        coactive=_coactive(found, own.feature, pages),
         examples=_examples(own),
         **values,
     )
@@ -189,11 +191,26 @@ def _similar(feature: Feature, sae: Dictionary, pages: set[Feature]) -> list[dic
     """The features with the most similar decoder rows; none in a dictionary of several layers."""
     if isinstance(sae, LAYERED) or sae.width == 1:
         return []
-    cosines, indices = jax.device_get(_nearest(sae.W_dec, feature, min(_SIMILAR, sae.width - 1)))
+    cosines, indices = jax.device_get(_nearest(sae.W_dec, feature, min(_BESIDE, sae.width - 1)))
     return [
-        {"name": str(index), "file": file_of(index) if index in pages else "", "cosine": cosine}
+        {**_linked(index, pages), "cosine": cosine}
         for index, cosine in zip(indices.tolist(), cosines.tolist(), strict=True)
     ]
+
+
+def _coactive(found: Found, feature: Feature, pages: set[Feature]) -> list[dict[str, Any]]:
+    """The features that are most often active on the same tokens; none if they were not counted."""
+    with contextlib.suppress(KeyError):
+        return [
+            {**_linked(each, pages), "jaccard": jaccard, "tokens": tokens}
+            for each, tokens, jaccard in found.coactive(feature, _BESIDE)
+        ]
+    return []
+
+
+def _linked(feature: Feature, pages: set[Feature]) -> dict[str, Any]:
+    """The name of a feature, and its page if it has one."""
+    return {"name": name_of(feature), "file": file_of(feature) if feature in pages else ""}
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -92,6 +92,7 @@ class Layer:
         batches, places: [f, k] int32, the tokens; -1 where there are fewer.
         counts: [f, s] int64.
         exponents: [f] int32: bins end at 2**exponent.
+        together: [f, a] int64, on how many tokens each is active with each of those features that were counted.
     """
 
     reader: Reader
@@ -101,6 +102,21 @@ class Layer:
     places: np.ndarray
     counts: np.ndarray
     exponents: np.ndarray
+    together: np.ndarray
+
+
+class Coactive(NamedTuple):
+    """A feature that is active on the same tokens as another.
+
+    Attributes:
+        feature: its index; in a dictionary of several layers, its layer and its index.
+        tokens: on how many tokens both are active.
+        jaccard: that, divided by the number of tokens on which one of them is: 1 if they are always active together.
+    """
+
+    feature: Feature
+    tokens: int
+    jaccard: float
 
 
 class Found(Described):
@@ -118,13 +134,21 @@ class Found(Described):
     """
 
     def __init__(
-        self, model: HookedGemma3, sae: Dictionary, source: Source, layers: Mapping[int | None, Layer], tokens: int
+        self,
+        model: HookedGemma3,
+        sae: Dictionary,
+        source: Source,
+        layers: Mapping[int | None, Layer],
+        tokens: int,
+        pairs: Mapping[int | None, np.ndarray],
     ):
         self._model, self.dictionary, self._source, self._layers = model, sae, source, layers
         self.tokens, self.documents = tokens, source.documents
         indices = [each.indices if layer is None else _pairs(layer, each.indices) for layer, each in layers.items()]
         self.features = np.concatenate(indices)
-        self.frequency = np.concatenate([each.counts.sum(axis=1) for each in layers.values()]) / tokens
+        self._counts = np.concatenate([each.counts.sum(axis=1) for each in layers.values()])
+        self._pairs = [(layer, index) for layer, own in pairs.items() for index in own.tolist()]
+        self.frequency = self._counts / tokens
         self.largest = np.concatenate([each.values[:, 0] for each in layers.values()])
 
     def __len__(self) -> int:
@@ -149,7 +173,39 @@ class Found(Described):
 
     def __iter__(self) -> Iterator[FoundFeature]:
         """Each feature, in order."""
-        return (self[tuple(name) if isinstance(name, list) else name] for name in self.features.tolist())
+        return (self[self._name(row)] for row in range(len(self)))
+
+    def coactivation(self, feature: Feature) -> np.ndarray:
+        """[f] int64: on how many tokens this feature and each of `features` are both active.
+
+        Raises:
+            ValueError: it is not a feature of the dictionary.
+            KeyError: it was not counted together with others.
+        """
+        layer, index = reader_of(self.dictionary, feature)
+        if (layer, int(index)) not in self._pairs:
+            raise KeyError(f"feature {feature} was not counted together with others; name it in coactive of the search")
+        column = self._pairs.index((layer, int(index)))
+        return np.concatenate([each.together[:, column] for each in self._layers.values()])
+
+    def coactive(self, feature: Feature, k: int = 10) -> list[Coactive]:
+        """The k features that are most often active on the same tokens as this one, by the Jaccard index.
+
+        Raises:
+            ValueError: it is not a feature of the dictionary.
+            KeyError: it was not counted together with others.
+        """
+        both = self.coactivation(feature)
+        own = self[feature].count
+        jaccard = both / np.maximum(self._counts + own - both, 1)
+        order = [row for row in np.argsort(-jaccard, kind="stable")[: k + 1].tolist() if both[row]]
+        found = [Coactive(self._name(row), int(both[row]), float(jaccard[row])) for row in order]
+        return [each for each in found if each.feature != self[feature].feature][:k]
+
+    def _name(self, row: int) -> Feature:
+        """The feature of a row of `features`."""
+        name = self.features[row].tolist()
+        return tuple(name) if isinstance(name, list) else name
 
     def _description(self) -> Description:
         dead = int(np.sum(self.frequency == 0))

@@ -51,10 +51,16 @@ def test_search(command, folder):
         np.testing.assert_allclose(
             [logit for _, logit in each["top_logits"]], [v for _, v in own.top_logits], rtol=1e-4
         )
-    done = command("features", "search", TINY, folder / "sae", folder / "store", "--most", 3)
+    assert [one["feature"] for one in found["features"][0]["coactive"]] in ([2], [])
+    listed = ("features", "search", TINY, folder / "sae", folder / "store", "--most", 3, "--state", folder / "state")
+    done = command(*listed)
     assert done.returncode == 0, done.stderr
     assert "24 features" in done.stdout
     assert "active on" in done.stdout
+    assert command(*listed).stdout == done.stdout
+    done = command(*listed, "-k", 3)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "k is 3, and was 10" in done.stderr
     done = command("features", "search", *given, "--feature", 5)
     assert f"[{expected[5].examples[0].token!r}]" in done.stdout
 
@@ -108,6 +114,7 @@ def test_train(command, folder, tmp_path):
         (("search", "sae", "corpus.jsonl", "--most", 0), "--most is 0"),
         (("search", "sae", "corpus.txt", "--field", "body"), "--field is for"),
         (("search", "sae", "absent.txt"), "absent.txt"),
+        (("search", "sae", "corpus.jsonl", "--state", "no/state"), "no is not a directory"),
         (("search", "absent", "corpus.jsonl"), "absent"),
         (("search", "sae", "corpus.jsonl", "--site-in", "blocks.9.hook_out", "--site-out", "blocks.9.hook_out"), "9"),
         (("search", "sae", "corpus.jsonl", "--dtype", "float64"), "dtype is 'float64'"),

@@ -79,6 +79,9 @@ def test_a_page_shows_what_was_found(found, index, visit):
     )
     for token, logit in own.top_logits + own.bottom_logits:
         assert f"{visible(token)}\t{logit:+.3g}" in text
+    for other, tokens, jaccard in found.coactive(own.feature):
+        assert f"{other} {jaccard:.2f}" in " ".join(text.split())
+        assert page.query_selector(f"[title='{tokens} tokens']")
     assert page.evaluate("window.hit") is None
     assert page.get_attribute("text=Neuronpedia", "href") == f"https://www.neuronpedia.org/model/9-set/{own.feature}"
     assert problems == []
