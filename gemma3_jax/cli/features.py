@@ -143,8 +143,10 @@ def dashboard(
 ) -> None:
     """Write a web page for each feature, and an index with a search field, in the new directory OUT."""
     from gemma3_jax.features import dashboard as write
+    from gemma3_jax.pictures.scale import fitting_scale
 
     atomic.check_new_directory(out)
+    fitting_scale("value", np.zeros(1)).stops()  # an extra that colours need is missed now, and not after the search
     wanted = _wanted(feature, examples, most, state)
     named = _labels(labels)
     texts = _searched(corpus, field)
