@@ -21,12 +21,13 @@ from gemma3_jax import atomic
 from gemma3_jax.compute.matmul import matmul
 from gemma3_jax.features.activations import JumpRelu
 from gemma3_jax.features.found import Found, FoundFeature
-from gemma3_jax.features.pages import Labels, bars, coloured, file_of, name_of, rendered
+from gemma3_jax.features.pages import Labels, bars, coloured, file_of, name_of, number, rendered
 from gemma3_jax.features.parts import LAYERED, Feature, restricted_to
 from gemma3_jax.features.placement import Dictionary
 from gemma3_jax.pictures.scale import fitting_scale
 from gemma3_jax.sites.names import layer_of
 
+_LOGITS = 10  # tokens of a page that are raised, and that are lowered
 _WORDS = 8  # tokens in a cell of the index
 _BESIDE = 6
 
@@ -79,9 +80,10 @@ def dashboard(
     ['7.html', '9.html', 'index.html']
     """
     target = atomic.check_new_directory(directory)
-    chosen = list(found) if features is None else [found[_plain(each)] for each in features]
-    if not chosen:
+    named = list(found) if features is None else [found[_plain(each)] for each in features]
+    if not named:
         raise ValueError("features is empty; name some, or leave it out for all that were searched")
+    chosen = sorted({each.feature: each for each in named}.values(), key=lambda each: each.feature)
     known = {found[_plain(each)].feature: text for each, text in (labels or {}).items()}
     names = [each.feature for each in chosen]
     rows = []
@@ -108,7 +110,7 @@ def _page(found: Found, own: FoundFeature, beside: list[Feature | None], labels:
     before, after = (each if each is None else _linked(each, pages) for each in beside)
     values: dict[str, Any] = {"top": [], "bottom": [], "no_logits": ""}
     try:
-        values |= {"top": own.top_logits, "bottom": own.bottom_logits}
+        values |= {"top": own.top_logits[:_LOGITS], "bottom": own.bottom_logits[:_LOGITS]}
     except ValueError as error:
         values["no_logits"] = str(error)
     return rendered(
@@ -121,7 +123,7 @@ def _page(found: Found, own: FoundFeature, beside: list[Feature | None], labels:
         link=own.neuronpedia,
         facts=_facts(own, found.dictionary),
         bars=bars(counts, edges),
-        end=f"{edges[-1]:.4g}",
+        end=number(edges[-1]),
         similar=_similar(own.feature, found.dictionary, pages),
         coactive=_coactive(found, own.feature, pages),
         examples=_examples(own),
@@ -166,13 +168,13 @@ def _facts(own: FoundFeature, sae: Dictionary) -> list[tuple[str, str]]:
     layer, index = own.feature if isinstance(own.feature, tuple) else (None, own.feature)
     facts = [
         ("active on", f"{own.frequency:.4%} of {own.tokens:,} tokens: {own.count:,}"),
-        ("largest value", f"{own.largest:.4g}"),
+        ("largest value", number(own.largest)),
     ]
     if isinstance(sae, LAYERED):
         i = [layer_of(name) for name in sae.site_in].index(layer)
         row = np.asarray(sae.W_dec[i][index], np.float32)
         facts += [("reads", sae.site_in[i]), ("writes", f"{len(row)} layers")]
-        facts += [("decoder", f"length {np.linalg.norm(row):.4g}, of all layers together")]
+        facts += [("decoder", f"length {number(float(np.linalg.norm(row)))}, of all layers together")]
         return facts
     facts += [("reads", sae.site_in), ("writes", sae.site_out)]
     one = restricted_to(sae, jnp.asarray([index]))

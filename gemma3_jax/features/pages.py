@@ -27,7 +27,7 @@ def _templates() -> "jinja2.Environment":
 
     loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"visible": visible, "printable": printable}
+    environment.filters |= {"visible": visible, "printable": printable, "number": number}
     return environment
 
 
@@ -46,6 +46,15 @@ def file_of(feature: Feature) -> str:
     return f"{name_of(feature).replace('/', '-')}.html"
 
 
+def number(value: float) -> str:
+    """A number with four digits, or those before the point if they are more.
+
+    >>> number(0.012345), number(17320.4)
+    ('0.01235', '17,320')
+    """
+    return f"{value:.4g}" if abs(value) < 9999.5 else f"{value:,.0f}"
+
+
 def running(token: str) -> str:
     r"""A token as it is shown in running text: as `visible`, with its spaces.
 
@@ -60,7 +69,7 @@ def coloured(tokens: Sequence[str], values: np.ndarray, scale: Scale, at: int) -
     return [
         {
             "text": running(token),
-            "title": f"{visible(token)}: {value:.4g}",
+            "title": f"{visible(token)}: {number(value)}",
             "style": f"background:{scale.colour(value)};color:{scale.ink(value)}" if value else "",
             "at": place == at,
         }
@@ -72,6 +81,6 @@ def bars(counts: np.ndarray, edges: np.ndarray) -> list[dict[str, Any]]:
     """The bars of a histogram; heights are logarithmic, in percent."""
     most = np.log1p(counts.max(initial=1))
     return [
-        {"height": f"{100 * np.log1p(count) / most:.1f}", "title": f"{low:.4g} to {high:.4g}: {count:,} tokens"}
+        {"height": f"{100 * np.log1p(count) / most:.1f}", "title": f"{number(low)} to {number(high)}: {count:,} tokens"}
         for count, low, high in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True)
     ]
