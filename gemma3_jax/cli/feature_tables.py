@@ -24,7 +24,7 @@ def report_as_dict(report: "Report") -> dict[str, Any]:
 
 def report_table(report: "Report", dictionary: str) -> Table:
     """The figures of the site, and the FVU of each site beside it."""
-    table = Table("site", "FVU", title=printable(dictionary), caption=repr(report).partition("\n")[0])
+    table = Table("site", "FVU", title=printable(dictionary))
     table.add_row(report.site, f"{report.fvu:.4f}")
     better = dict(report.better)
     for name, fvu in report.neighbours:

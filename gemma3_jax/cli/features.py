@@ -76,6 +76,7 @@ def check(
         print(json.dumps(report_as_dict(report), indent=2))
     else:
         console.print(report_table(report, dictionary))
+        say(repr(report).partition("\n")[0])
     if report.better:
         raise typer.Exit(1)
 
