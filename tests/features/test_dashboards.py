@@ -5,38 +5,16 @@ import json
 
 import numpy as np
 import pytest
-import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from gemma3_jax import TINY, HookedGemma3, features
 from gemma3_jax.pictures.labels import visible
 from tests.features.gemma_scope_files import params, write
+from tests.features.hostile_words import HOSTILE, hostile_model
 from tests.features.small_dictionaries import clt, sae
 
-HOSTILE = [
-    "<script>window.hit=1</script>",
-    "<img/src=x/onerror=window.hit=1>",
-    "&lt;b&gt;",
-    "\"'{{7*7}}",
-    "مرحبا",
-    "北京",
-    "🎉",
-    "\u202eevil",
-]
 TEXTS = [" ".join(HOSTILE), " ".join(HOSTILE[::-1]), " ".join(HOSTILE[2:7])]
 FEATURES, NEVER = [12, 2, 3, 5], 3  # pages are in the order of numbers
 LABEL = "<b>a label</b> of 12"
-
-
-def hostile_model():
-    """The shipped model with other spellings of its tokens."""
-    tiny = HookedGemma3.from_pretrained(TINY, dtype="float32")
-    known = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3} | {word: i for i, word in enumerate(HOSTILE, 4)}
-    tokenizer = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
-    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    return HookedGemma3(tiny.config, tiny.params, wrapped)
 
 
 @pytest.fixture(scope="module")

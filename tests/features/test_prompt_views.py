@@ -7,8 +7,8 @@ import pytest
 
 from gemma3_jax import TINY, HookedGemma3, features
 from gemma3_jax.pictures.labels import visible
+from tests.features.hostile_words import HOSTILE, hostile_model
 from tests.features.small_dictionaries import clt, sae
-from tests.features.test_dashboards import HOSTILE, hostile_model
 
 LABELS = {5: "<b>five</b>", 7: "seven"}
 K = 6
