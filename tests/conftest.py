@@ -7,6 +7,7 @@ program is kept. Those that must run code as users do start with that of `tests.
 import functools
 import gc
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,43 @@ def checkpoint(request) -> Path:
     if not (Path(directory) / "config.json").is_file():
         pytest.fail(f"--checkpoint is {directory}, which holds no config.json")
     return Path(directory)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Debian's Chromium, one for the session."""
+    from playwright.sync_api import sync_playwright
+
+    path = shutil.which("chromium")
+    if path is None:
+        message = "no chromium on PATH: apt-get install chromium"
+        pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
+    arguments = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync"
+    )
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=arguments.split())
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="session")
+def visit(browser):
+    """Opens a file in a tab; what went wrong there, and what was asked of a network."""
+    context = browser.new_context(viewport={"width": 1200, "height": 900})
+    context.route(lambda url: url.startswith(("http", "ws")), lambda route: route.abort())
+
+    def open_(file):
+        page, problems = context.new_page(), []
+        page.on("console", lambda message: problems.append(f"console {message.type}: {message.text}"))
+        page.on("pageerror", lambda error: problems.append(f"error: {error}"))
+        page.on("request", lambda request: request.url.startswith("file:") or problems.append(request.url))
+        page.goto(file.as_uri())
+        return page, problems
+
+    yield open_
+    context.close()
 
 
 @pytest.fixture

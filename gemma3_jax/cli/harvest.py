@@ -44,7 +44,7 @@ def run(
     if pack not in kinds:
         raise ValueError(f"--pack is {pack!r}; it must be whole, cut or no")
     check_devices()
-    texts, reduction = _corpus(corpus, field), _reduction(cast)
+    texts, reduction = corpus_of(corpus, field), _reduction(cast)
     with working(f"loading {source}"):
         model = HookedGemma3.from_pretrained(source, dtype, revision)
     do(
@@ -96,10 +96,12 @@ def verify(out: Store) -> None:
     say(f"{out} is whole.")
 
 
-def _corpus(file: Path, field: str | None) -> Any:
+def corpus_of(file: Path, field: str | None) -> Any:
     """The corpus of a file, by its field if one is named."""
     from gemma3_jax.harvest import JsonLines, Parquet
 
+    if not file.exists():
+        raise ValueError(f"the corpus {file} is neither a file nor a folder")
     if field is None:
         return file
     readers: dict[str, Any] = {".jsonl": JsonLines, ".ndjson": JsonLines, ".parquet": Parquet}

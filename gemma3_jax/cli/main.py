@@ -17,6 +17,7 @@ with needs_extra("cli", "the command line needs"):
     import typer
 
 from gemma3_jax.cli.checkpoints import convert, export, info
+from gemma3_jax.cli.features import features
 from gemma3_jax.cli.fits import fits
 from gemma3_jax.cli.generate import generate
 from gemma3_jax.cli.harvest import harvest
@@ -80,6 +81,7 @@ def demo(
 for command in (convert, export, parity, generate, sites, info, fits):
     app.command()(command)
 app.add_typer(harvest, name="harvest")
+app.add_typer(features, name="features")
 
 
 def main() -> None:

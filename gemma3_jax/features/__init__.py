@@ -3,12 +3,14 @@
 from gemma3_jax.features.activations import Gated, GroupMax, JumpRelu, Relu, TopK
 from gemma3_jax.features.attribution import feature_attribution
 from gemma3_jax.features.checking import check
+from gemma3_jax.features.dashboards import dashboard
 from gemma3_jax.features.dictionaries import SparseAutoencoder, Transcoder
 from gemma3_jax.features.encoding import Encode
 from gemma3_jax.features.layered import Crosscoder, CrossLayerTranscoder
 from gemma3_jax.features.loading import load
 from gemma3_jax.features.normalizations import LayerNorm, UnitNorm
 from gemma3_jax.features.placement import shardings
+from gemma3_jax.features.prompt_views import prompt_view
 from gemma3_jax.features.saving import save
 from gemma3_jax.features.searching import search
 from gemma3_jax.features.splicing import splice, steer
@@ -31,8 +33,10 @@ __all__ = [
     "TopK",
     "Transcoder",
     "UnitNorm",
+    "dashboard",
     "feature_attribution",
     "load",
+    "prompt_view",
     "save",
     "search",
     "shardings",

@@ -9,13 +9,16 @@ Axes: b row, p column, n tokens of a batch, w tokens of a window, d features of 
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from gemma3_jax.harvest.documents import bos_of
-from gemma3_jax.harvest.sources import as_corpus
+from gemma3_jax.harvest.manifest import first_ids
+from gemma3_jax.harvest.sources import as_corpus, digest_of
 from gemma3_jax.harvest.store import ActivationStore
 from gemma3_jax.harvest.units import Layout, Unit, make_plan, make_unit
 from gemma3_jax.hooked.buckets import bucket
@@ -63,8 +66,11 @@ class Source(Protocol):
 
     documents: int
 
-    def batches(self) -> Iterator[Batch]:
-        """All batches, in order."""
+    def batches(self, first: int = 0) -> Iterator[Batch]:
+        """The batches from that number on, in order."""
+
+    def digest(self) -> str:
+        """The digest of what is read."""
 
     @property
     def tokens(self) -> int:
@@ -90,9 +96,14 @@ class Texts:
         self.tokens = bucket(most)
         self.unit = functools.lru_cache(maxsize=_UNITS)(self._unit)
 
-    def batches(self) -> Iterator[Batch]:
-        """All batches, in order."""
-        for number, cache in enumerate(self._model.activations(self._inputs(), self._names)):
+    def digest(self) -> str:
+        """The digest of the corpus, and of the ids of its first documents, which another tokenizer would change."""
+        return f"{digest_of(self._corpus)} {first_ids(self._model, self._corpus)}"
+
+    def batches(self, first: int = 0) -> Iterator[Batch]:
+        """The batches from that number on, in order."""
+        inputs = (self.unit(number).inputs for number in range(first, self._plan.units))
+        for number, cache in enumerate(self._model.activations(inputs, self._names), first):
             unit = self.unit(number)
             values = {name: np.asarray(cache[name])[unit.rows, unit.columns] for name in self._names}
             yield Batch(number, len(unit.rows), {name: _filled(each, self.tokens) for name, each in values.items()})
@@ -117,9 +128,6 @@ class Texts:
         cache = next(iter(self._model.activations([Inputs(tokens, mask)], name)))
         return [value[columns] for value, (_, columns) in zip(np.asarray(cache[name]), seen, strict=True)]
 
-    def _inputs(self) -> Iterator[Inputs]:
-        return (self.unit(number).inputs for number in range(self._plan.units))
-
     def _unit(self, number: int) -> Unit:
         unit = make_unit(self._model, self._corpus, self._plan, number, self._layout)
         if self._plan.units > 1:
@@ -141,9 +149,14 @@ class Stored:
             if not isinstance(store[name].rows(0, 1), np.ndarray):
                 raise ValueError(f"the store has a reduction of {name}; a search needs the values, so harvest the site")
 
-    def batches(self) -> Iterator[Batch]:
-        """All batches, in order."""
-        for number in range(-(-len(self._store) // self.tokens)):
+    def digest(self) -> str:
+        """The digest of the manifest, and of which units are there."""
+        described = json.dumps([self._store.manifest, [int(number) for number in self._store.missing]])
+        return hashlib.sha256(described.encode()).hexdigest()
+
+    def batches(self, first: int = 0) -> Iterator[Batch]:
+        """The batches from that number on, in order."""
+        for number in range(first, -(-len(self._store) // self.tokens)):
             rows = self._rows(number)
             values = {name: _filled(self._store[name].take(rows), self.tokens) for name in self._names}
             yield Batch(number, len(rows), values)

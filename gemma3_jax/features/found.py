@@ -15,6 +15,7 @@ import numpy as np
 from gemma3_jax.descriptions import Described, Description
 from gemma3_jax.features.corpora import Source
 from gemma3_jax.features.direct import direct_logits
+from gemma3_jax.features.neuronpedia import url_of
 from gemma3_jax.features.parts import Feature, reader_of
 from gemma3_jax.features.placement import Dictionary
 from gemma3_jax.features.tallies import BINS, Reader, chunks, kept_of, values_of
@@ -57,7 +58,7 @@ class Example:
     @property
     def tokens(self) -> list[str]:
         """[w], each token as a string; its id if the model has no tokenizer."""
-        return _spelled(self._model, self.ids)
+        return spelled(self._model, self.ids)
 
     @property
     def token(self) -> str:
@@ -91,6 +92,7 @@ class Layer:
         batches, places: [f, k] int32, the tokens; -1 where there are fewer.
         counts: [f, s] int64.
         exponents: [f] int32: bins end at 2**exponent.
+        together: [f, a] int64, on how many tokens each is active with each of those features that were counted.
     """
 
     reader: Reader
@@ -100,6 +102,21 @@ class Layer:
     places: np.ndarray
     counts: np.ndarray
     exponents: np.ndarray
+    together: np.ndarray
+
+
+class Coactive(NamedTuple):
+    """A feature that is active on the same tokens as another.
+
+    Attributes:
+        feature: its index; in a dictionary of several layers, its layer and its index.
+        tokens: on how many tokens both are active.
+        jaccard: that, divided by the number of tokens on which one of them is: 1 if they are always active together.
+    """
+
+    feature: Feature
+    tokens: int
+    jaccard: float
 
 
 class Found(Described):
@@ -113,16 +130,25 @@ class Found(Described):
         features: [f] the features that were searched; of a dictionary of several layers [f, 2], layer and index.
         frequency: [f] float64, the fraction of the tokens on which each is active.
         largest: [f] float32, the largest value of each.
+        dictionary: whose features they are.
     """
 
     def __init__(
-        self, model: HookedGemma3, sae: Dictionary, source: Source, layers: Mapping[int | None, Layer], tokens: int
+        self,
+        model: HookedGemma3,
+        sae: Dictionary,
+        source: Source,
+        layers: Mapping[int | None, Layer],
+        tokens: int,
+        pairs: Mapping[int | None, np.ndarray],
     ):
-        self._model, self._sae, self._source, self._layers = model, sae, source, layers
+        self._model, self.dictionary, self._source, self._layers = model, sae, source, layers
         self.tokens, self.documents = tokens, source.documents
         indices = [each.indices if layer is None else _pairs(layer, each.indices) for layer, each in layers.items()]
         self.features = np.concatenate(indices)
-        self.frequency = np.concatenate([each.counts.sum(axis=1) for each in layers.values()]) / tokens
+        self._counts = np.concatenate([each.counts.sum(axis=1) for each in layers.values()])
+        self._pairs = [(layer, index) for layer, own in pairs.items() for index in own.tolist()]
+        self.frequency = self._counts / tokens
         self.largest = np.concatenate([each.values[:, 0] for each in layers.values()])
 
     def __len__(self) -> int:
@@ -136,18 +162,50 @@ class Found(Described):
             ValueError: it is not a feature of the dictionary.
             KeyError: it is not among the features that were searched.
         """
-        layer, index = reader_of(self._sae, feature)
+        layer, index = reader_of(self.dictionary, feature)
         number = int(index)
         known = self._layers.get(layer)
         row = -1 if known is None else int(np.searchsorted(known.indices, number))
         if known is None or row == len(known.indices) or known.indices[row] != number:
             raise KeyError(f"feature {feature} was not searched; name it in features, or leave that out")
         name = number if layer is None else (layer, number)
-        return FoundFeature(name, known, row, self.tokens, self._model, self._sae, self._source)
+        return FoundFeature(name, known, row, self.tokens, self._model, self.dictionary, self._source)
 
     def __iter__(self) -> Iterator[FoundFeature]:
         """Each feature, in order."""
-        return (self[tuple(name) if isinstance(name, list) else name] for name in self.features.tolist())
+        return (self[self._name(row)] for row in range(len(self)))
+
+    def coactivation(self, feature: Feature) -> np.ndarray:
+        """[f] int64: on how many tokens this feature and each of `features` are both active.
+
+        Raises:
+            ValueError: it is not a feature of the dictionary.
+            KeyError: it was not counted together with others.
+        """
+        layer, index = reader_of(self.dictionary, feature)
+        if (layer, int(index)) not in self._pairs:
+            raise KeyError(f"feature {feature} was not counted together with others; name it in coactive of the search")
+        column = self._pairs.index((layer, int(index)))
+        return np.concatenate([each.together[:, column] for each in self._layers.values()])
+
+    def coactive(self, feature: Feature, k: int = 10) -> list[Coactive]:
+        """The k features that are most often active on the same tokens as this one, by the Jaccard index.
+
+        Raises:
+            ValueError: it is not a feature of the dictionary.
+            KeyError: it was not counted together with others.
+        """
+        both = self.coactivation(feature)
+        own = self[feature].count
+        jaccard = both / np.maximum(self._counts + own - both, 1)
+        order = [row for row in np.argsort(-jaccard, kind="stable")[: k + 1].tolist() if both[row]]
+        found = [Coactive(self._name(row), int(both[row]), float(jaccard[row])) for row in order]
+        return [each for each in found if each.feature != self[feature].feature][:k]
+
+    def _name(self, row: int) -> Feature:
+        """The feature of a row of `features`."""
+        name = self.features[row].tolist()
+        return tuple(name) if isinstance(name, list) else name
 
     def _description(self) -> Description:
         dead = int(np.sum(self.frequency == 0))
@@ -238,6 +296,11 @@ class FoundFeature(Described):
         """The k tokens whose logits it lowers most, the lowest first; see `top_logits`."""
         return self._best(1)
 
+    @property
+    def neuronpedia(self) -> str | None:
+        """The address of its page on Neuronpedia; None if the dictionary was not loaded with an id there."""
+        return url_of(self._sae, self.feature)
+
     @functools.cached_property
     def logits(self) -> np.ndarray:
         """[V] float32, what a value of 1 adds to each logit; see `top_logits`."""
@@ -251,7 +314,7 @@ class FoundFeature(Described):
 
     def _best(self, sign: int) -> list[tuple[str, float]]:
         order = np.argsort(sign * self.logits, kind="stable")[: self._layer.values.shape[1]]
-        return list(zip(_spelled(self._model, order), self.logits[order].tolist(), strict=True))
+        return list(zip(spelled(self._model, order), self.logits[order].tolist(), strict=True))
 
     def _description(self) -> Description:
         often = f"active on {self.frequency:.3%} of {self.tokens:,} tokens"
@@ -267,7 +330,7 @@ class FoundFeature(Described):
         return Description(title, tuple(rows))
 
 
-def _spelled(model: HookedGemma3, ids: np.ndarray) -> list[str]:
+def spelled(model: HookedGemma3, ids: np.ndarray) -> list[str]:
     """Each token as a string."""
     if model.tokenizer is None:
         return [str(each) for each in ids.tolist()]
@@ -276,7 +339,7 @@ def _spelled(model: HookedGemma3, ids: np.ndarray) -> list[str]:
 
 def _text(model: HookedGemma3, ids: np.ndarray) -> str:
     """Tokens as one string."""
-    return " ".join(_spelled(model, ids)) if model.tokenizer is None else cast(str, model.to_string(ids))
+    return " ".join(spelled(model, ids)) if model.tokenizer is None else cast(str, model.to_string(ids))
 
 
 def _pairs(layer: int, indices: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from gemma3_jax.conversion.hub import locate
 from gemma3_jax.features.formats import circuit_tracer, dictionary_learning, gemma_scope, saelens, sparsify
 from gemma3_jax.features.formats.folder import Folder, SiteNames
 from gemma3_jax.features.hookpoints import check_size
+from gemma3_jax.features.neuronpedia import note_id
 from gemma3_jax.features.placement import Dictionary, place
 from gemma3_jax.features.unchecked import mark
 from gemma3_jax.reading import CheckpointError, check_file
@@ -66,6 +67,7 @@ def load(
             placed = [_checked(one, reader.model_name(folder), folder, mesh) for one in (found if several else [found])]
             for one in placed:
                 mark(one, True)
+                note_id(one, folder)
             return placed if several else placed[0]
     offered = ", ".join(sorted(file.name for file in folder.path.iterdir())[:10]) or "nothing"
     raise CheckpointError(

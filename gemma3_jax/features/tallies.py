@@ -4,7 +4,7 @@ Nothing of it grows with the number of tokens. The bins of a histogram are equal
 power of two that is above all values so far: as it grows, neighbouring bins are added up, so counts stay exact.
 
 Axes: n tokens of a batch, d features of the site, f features of the dictionary, c features of a chunk, k largest
-values, s bins, m features that are read for a chunk.
+values, s bins, m features that are read for a chunk, a features that are counted together with others.
 """
 
 import functools
@@ -39,6 +39,7 @@ class Tally(NamedTuple):
         places: [c, k] int32, the token of the batch.
         counts: [2, c, s] int32: how many values are in each bin, as upper and lower part.
         exponents: [c] int32: bins end at 2**exponent, which is above all values.
+        together: [2, c, a] int32: on how many tokens it is active with each of some features, as upper and lower part.
     """
 
     values: jax.Array
@@ -46,6 +47,7 @@ class Tally(NamedTuple):
     places: jax.Array
     counts: jax.Array
     exponents: jax.Array
+    together: jax.Array
 
 
 class Chunk(NamedTuple):
@@ -73,11 +75,12 @@ def chunks(reader: Reader, indices: np.ndarray, tokens: int) -> list[Chunk]:
     return found
 
 
-def empty(c: int, k: int) -> Tally:
-    """The tally of c features before the first token."""
+def empty(c: int, k: int, a: int = 0) -> Tally:
+    """The tally of c features before the first token, with which `a` others are counted."""
     none = jnp.full((c, k), -1, jnp.int32)
     exponents = jnp.full(c, _LEAST, jnp.int32)
-    return Tally(jnp.zeros((c, k)), none, none + 0, jnp.zeros((2, c, BINS), jnp.int32), exponents)
+    counts, together = (jnp.zeros((2, c, size), jnp.int32) for size in (BINS, a))
+    return Tally(jnp.zeros((c, k)), none, none + 0, counts, exponents, together)
 
 
 def kept_of(reader: Reader, x: jax.Array) -> Kept | None:
@@ -100,11 +103,27 @@ def values_of(reader: Reader, x: jax.Array, kept: Kept | None, chunk: Chunk) -> 
     return found[:, chunk.columns]
 
 
+@jax.jit
+def active(reader: Reader, x: jax.Array, chunk: Chunk) -> jax.Array:
+    """[n, c] float32: 1 where the features of a chunk are active on tokens [n, d], and 0 elsewhere."""
+    return (values_of(reader, x, kept_of(reader, x), chunk) > 0).astype(jnp.float32)
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def added(
-    tally: Tally, reader: Reader, x: jax.Array, kept: Kept | None, chunk: Chunk, real: jax.Array, batch: jax.Array
+    tally: Tally,
+    reader: Reader,
+    x: jax.Array,
+    kept: Kept | None,
+    chunk: Chunk,
+    real: jax.Array,
+    batch: jax.Array,
+    active: jax.Array | None = None,
 ) -> Tally:
-    """The tally after tokens [n, d] more, of which the first `real` [] count. `batch` [] is their number."""
+    """The tally after tokens [n, d] more, of which the first `real` [] count. `batch` [] is their number.
+
+    `active` [n, a] is 1 where the features are active that are counted together with others, and 0 elsewhere.
+    """
     f = values_of(reader, x, kept, chunk)
     f = jnp.where((jnp.arange(len(f)) < real)[:, None] & (f > 0), f, 0.0)
     k = tally.values.shape[1]
@@ -117,7 +136,12 @@ def added(
 
     batches = merged(tally.batches, jnp.full(places.shape, batch, jnp.int32))
     counts, exponents = _counted(tally, f)
-    return Tally(values, batches, merged(tally.places, places), counts, exponents)
+    together = tally.together
+    if active is not None:
+        # [n, c] x [n, a] -> [c, a]; exact in any precision: terms are 0 or 1, and their number is below 2**24
+        more = jnp.einsum("nc,na->ca", (f > 0).astype(jnp.float32), active, preferred_element_type=jnp.float32)
+        together = _carried(together[0], together[1] + more.astype(jnp.int32))
+    return Tally(values, batches, merged(tally.places, places), counts, exponents, together)
 
 
 def _counted(tally: Tally, f: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -131,11 +155,16 @@ def _counted(tally: Tally, f: jax.Array) -> tuple[jax.Array, jax.Array]:
     # [n, c]; exact, since bins are as wide as a power of two; values of 0 are in no bin
     bins = (f * jnp.ldexp(1.0, BINS.bit_length() - 1 - exponents)).astype(jnp.int32)
     lower = lower.at[features, jnp.where(f > 0, bins, BINS)].add(1, mode="drop")
-    return jnp.stack([upper + (lower >> _CARRY), lower & (2**_CARRY - 1)]), exponents
+    return _carried(upper, lower), exponents
+
+
+def _carried(upper: jax.Array, lower: jax.Array) -> jax.Array:
+    """[2, ...] of both parts of counts, of which the lower one may have become too large."""
+    return jnp.stack([upper + (lower >> _CARRY), lower & (2**_CARRY - 1)])
 
 
 def totals(counts: np.ndarray) -> np.ndarray:
-    """[c, s] int64, of counts [2, c, s]."""
+    """[c, ...] int64, of counts [2, c, ...]."""
     return (counts[0].astype(np.int64) << _CARRY) + counts[1]
 
 

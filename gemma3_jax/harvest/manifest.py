@@ -35,7 +35,7 @@ from gemma3_jax.run.selection import ReducedCapture, captures
 from gemma3_jax.run.traced import activation_dtype
 from gemma3_jax.sites.names import layer_of
 from gemma3_jax.sites.table import shape_of, site, token_axis
-from gemma3_jax.types import Params
+from gemma3_jax.types import Params, PyTree
 from gemma3_jax.version import __version__
 
 FORMAT = 2
@@ -124,8 +124,8 @@ def new_manifest(model: Model, corpus: Corpus, sites: ReducedCapture, layout: La
         "versions": {"gemma3_jax": __version__, "jax": jax.__version__},
         "platform": next(iter(leaves[0].devices())).platform if isinstance(leaves[0], jax.Array) else "cpu",
         "config": model.config.to_hf(),
-        "parameters": {"dtype": activation_dtype(model.params).name, "digest": _digest_of_parameters(model.params)},
-        "corpus": {"documents": len(corpus), "digest": digest_of(corpus), "first_ids": _first_ids(model, corpus)},
+        "parameters": {"dtype": activation_dtype(model.params).name, "digest": digest_of_parameters(model.params)},
+        "corpus": {"documents": len(corpus), "digest": digest_of(corpus), "first_ids": first_ids(model, corpus)},
         "layout": {**settings, "keep": None if layout.keep is None else _name_of(layout.keep)},
         "sites": described,
     }
@@ -223,7 +223,7 @@ def _digest(model: Model, name: str, steps: Steps, layout: Layout) -> str:
     return digest.hexdigest()
 
 
-def _digest_of_parameters(params: Params) -> str:
+def digest_of_parameters(params: PyTree) -> str:
     """The digest of all parameters, from sums of their bits that are computed where they are."""
     digest = hashlib.sha256()
     sums = [(path, leaf, _sums(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
@@ -242,7 +242,7 @@ def _sums(x: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sum(bits * each, dtype=jnp.uint32) for each in mixed])
 
 
-def _first_ids(model: Model, corpus: Corpus) -> str:
+def first_ids(model: Model, corpus: Corpus) -> str:
     """The digest of the ids of a few documents, which another tokenizer would change."""
     digest = hashlib.sha256()
     for ids in documents(model, corpus, 0, min(len(corpus), _DOCUMENTS)):

@@ -25,8 +25,10 @@ STRANGE = "[bold]a [red]b :smile:"
 
 def without_help(app) -> list[str]:
     """The arguments and options of the commands that have no help text."""
-    commands = typer.main.get_command(app).commands
-    pairs = [(name, parameter) for name, command in commands.items() for parameter in command.params]
+    pairs = []
+    for name, command in typer.main.get_command(app).commands.items():
+        for each in getattr(command, "commands", {"": command}).values():
+            pairs += [(name, parameter) for parameter in each.params]
     return [f"{name} {parameter.name}" for name, parameter in pairs if not parameter.help]
 
 

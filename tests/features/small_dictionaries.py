@@ -28,17 +28,16 @@ def transcoder(layer=1, seed=1, d=D, **more):
     return features.Transcoder(**arrays(seed, d), **sites, activation=features.JumpRelu(jnp.asarray(0.05)), **more)
 
 
-def clt(layers=2, seed=2):
+def clt(layers=2, seed=2, d=D):
     """A cross-layer transcoder with skip connections."""
-    each = [arrays(seed + i, out=(layers - i, D)) for i in range(layers)]
+    each = [arrays(seed + i, d, out=(layers - i, d)) for i in range(layers)]
     lists = {name: tuple(one[name] for one in each) for name in each[0]}
-    lists["b_dec"] = tuple(b[..., :D] for b in lists["b_dec"])
     return features.CrossLayerTranscoder(
         **lists,
         activation=(features.Relu(),) * layers,
         site_in=tuple(MLP_IN.format(i) for i in range(layers)),
         site_out=tuple(MLP_OUT.format(i) for i in range(layers)),
-        skip=tuple(0.1 * jnp.eye(D) for _ in range(layers)),
+        skip=tuple(0.1 * jnp.eye(d) for _ in range(layers)),
     )
 
 

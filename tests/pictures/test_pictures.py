@@ -3,37 +3,17 @@
 import dataclasses
 import functools
 import io
-import os
 import re
-import shutil
 
 import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import sync_playwright
 
 from gemma3_jax import pictures
 from gemma3_jax.pictures.labels import visible
 from gemma3_jax.pictures.layout import PITCH, arrange
 from tests.pictures.drawn import GREY, HEATMAPS, HOSTILE, SHARPNESS, WORDS, assert_drawn, labels, saved
-
-
-@pytest.fixture(scope="session")
-def browser():
-    """Debian's Chromium, one for the session."""
-    path = shutil.which("chromium")
-    if path is None:
-        message = "no chromium on PATH: apt-get install chromium"
-        pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
-    arguments = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync"
-    )
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=arguments.split())
-        yield chromium
-        chromium.close()
 
 
 @dataclasses.dataclass

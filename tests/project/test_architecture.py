@@ -75,17 +75,17 @@ ROOMS = {
         "messages atomic reading descriptions config types extras version positions inputs sites hooks cache run "
         "hooked",
     ),
+    "pictures": ("heatmaps, coloured texts and maps, as HTML and PNG", "atomic config grids extras sites"),
     "features": (
         "sparse autoencoders, transcoders, CLTs and crosscoders, in the formats of other tools",
-        "messages reading descriptions config types processes meshes inputs compute sites hooks model conversion cache "
-        "run hooked harvest",
+        "messages atomic reading descriptions config types processes meshes inputs compute sites hooks model "
+        "conversion cache run hooked harvest pictures",
     ),
-    "pictures": ("heatmaps, coloured texts and maps, as HTML and PNG", "atomic config grids extras sites"),
     "parity": ("the comparison with Hugging Face, in torch", "config types extras sites model conversion run"),
     "cli": (
         "the command line",
-        "messages atomic reading kept extras types sites conversion generation placing hooked harvest pictures parity "
-        "reductions",
+        "messages atomic reading kept extras types inputs sites conversion generation placing hooked harvest pictures "
+        "features parity reductions",
     ),
 }
 # Only these rooms import packages that load slowly or are optional.

@@ -24,7 +24,8 @@ SURFACE = {
     "conversion.parity": "Report Row compare compare_sites parity",
     "gemma3_jax.edits": "Add Clamp FromCache FromRow Mean Noise Only ProjectOut Replace Scale only",
     "gemma3_jax.features": "CrossLayerTranscoder Crosscoder Encode Gated GroupMax JumpRelu LayerNorm Relu "
-    "SparseAutoencoder TopK Transcoder UnitNorm feature_attribution load save search shardings splice steer train",
+    "SparseAutoencoder TopK Transcoder UnitNorm dashboard feature_attribution load prompt_view save search "
+    "shardings splice steer train",
     "gemma3_jax.generation": "Generation generate",
     "gemma3_jax.harvest": "ActivationStore JsonLines Parquet StoreError TextLines harvest verify",
     "gemma3_jax.placing": "Fit fits make_mesh param_shardings",

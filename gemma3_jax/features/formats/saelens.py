@@ -45,6 +45,11 @@ def model_name(folder: Folder) -> object:
     return _settings(folder).get("model_name")
 
 
+def neuronpedia_id(folder: Folder) -> object:
+    """The id that the dictionary has on Neuronpedia, as the config has it; None if it has none."""
+    return _settings(folder).get("neuronpedia_id") if is_here(folder) else None
+
+
 def read(folder: Folder) -> SparseAutoencoder | Transcoder:
     """The dictionary with mapped arrays.
 
