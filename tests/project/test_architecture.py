@@ -77,8 +77,8 @@ ROOMS = {
     ),
     "features": (
         "sparse autoencoders, transcoders, CLTs and crosscoders, in the formats of other tools",
-        "messages reading descriptions config types processes meshes inputs compute sites hooks model conversion cache "
-        "run hooked harvest",
+        "messages atomic reading descriptions config types processes meshes inputs compute sites hooks model "
+        "conversion cache run hooked harvest",
     ),
     "pictures": ("heatmaps, coloured texts and maps, as HTML and PNG", "atomic config grids extras sites"),
     "parity": ("the comparison with Hugging Face, in torch", "config types extras sites model conversion run"),
