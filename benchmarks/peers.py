@@ -15,7 +15,7 @@ import transformers
 from conversion import convert_state_dict
 from gemma3_jax import Gemma3Config
 
-OPTIONAL = ("transformer_lens", "nnsight", "gemma")
+OPTIONAL = ("transformer_lens", "nnsight", "gemma", "dictionary_learning")
 ATTENTION = {"HF eager": "eager", "HF SDPA": "sdpa"}
 
 

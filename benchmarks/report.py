@@ -23,6 +23,7 @@ TITLES = {
     "decode": "Generation",
     "embedding": "Embeddings of texts",
     "features": "Features of a sparse autoencoder",
+    "training": "Training of a sparse autoencoder",
     "conversion": "Conversion",
     "compile_time": "Compile time",
     "first_result": "First result of a process",

@@ -1,5 +1,7 @@
 """Sparse autoencoders, transcoders, cross-layer transcoders and crosscoders, at the sites that they were trained on."""
 
+from pathlib import Path
+
 from gemma3_jax.features.activations import Gated, GroupMax, JumpRelu, Relu, TopK
 from gemma3_jax.features.attribution import feature_attribution
 from gemma3_jax.features.checking import check
@@ -16,11 +18,15 @@ from gemma3_jax.features.searching import search
 from gemma3_jax.features.splicing import splice, steer
 from gemma3_jax.features.training import train
 
+# Those of the shipped model, for all its layers: a directory in the layout of Gemma Scope 2, as a hub id for `load`.
+TINY = Path(__file__).with_name("tiny")
+
 # A method of every kind, in a file that needs those of the kinds.
 for _kind in (SparseAutoencoder, Transcoder, CrossLayerTranscoder, Crosscoder):
     _kind.check = check
 
 __all__ = [
+    "TINY",
     "CrossLayerTranscoder",
     "Crosscoder",
     "Encode",

@@ -1,25 +1,27 @@
-"""Training of sparse autoencoders and transcoders, on activations of any scale.
+"""Training of sparse autoencoders, transcoders and cross-layer transcoders, on activations of any scale.
 
-Axes: n tokens, d features of a site (i of the input, o of the output), f features of the dictionary.
+Axes: n tokens, d features of a site, l layers of a dictionary of several.
 """
 
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, get_args
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from gemma3_jax.config import Gemma3Config
-from gemma3_jax.features.activations import Activation, JumpRelu, TopK
-from gemma3_jax.features.dictionaries import SparseAutoencoder, Transcoder, check_k
-from gemma3_jax.features.training_batches import Source, Store, Values, batches, source_of
-from gemma3_jax.features.training_step import Figures, Kind, Scaling, State, new_state, threshold_of, train_step
-from gemma3_jax.sites.names import resolve
+from gemma3_jax.features.dictionaries import check_k
+from gemma3_jax.features.training_batches import Source, Values, batches, source_of
+from gemma3_jax.features.training_checkpoint import Checkpoint, fingerprint
+from gemma3_jax.features.training_scale import dictionary_of, scaling_of
+from gemma3_jax.features.training_sites import Names, sites_of
+from gemma3_jax.features.training_step import Figures, Kind, Plan, Scaling, State, new_state, train_step
 
 _log = logging.getLogger(__name__)
 _FIRST = 4096  # tokens from which centre and scale are found
@@ -34,19 +36,23 @@ def train(
     kind: Kind = "batchtopk",
     *,
     k: int | None = None,
-    site_in: str | None = None,
-    site_out: str | None = None,
+    site_in: Names | None = None,
+    site_out: Names | None = None,
+    prefixes: Sequence[int] = (),
     batch: int | None = None,
     steps: int | None = None,
     learning_rate: float | None = None,
     seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 1000,
     progress: bool | None = None,
     report: Callable[[Figures], object] | None = None,
 ) -> Any:
-    """Train a sparse autoencoder, or, with `site_out`, a transcoder.
+    """Train a sparse autoencoder, or, with `site_out`, a transcoder; of several layers, a cross-layer transcoder.
 
     Activations may have any scale and centre. Both are found from the first tokens, and folded into the weights in the
-    end, so the result is for raw values. Decoder rows have length 1, and dead features learn from what is missing.
+    end, so the result is for raw values. Decoder rows have length 1 (those of a cross-layer transcoder, of all layers
+    together and in units of each layer's scale), and dead features learn from what is missing.
     The rate rises over the first twentieth of the steps, and falls to 0 over the last fifth. The result depends on the
     arguments alone.
 
@@ -58,30 +64,40 @@ def train(
             - an `ActivationStore`, which is shuffled, or its `shuffled(batch, seed)`.
             - what `model.activations` yields, in the order of the texts.
 
+            For a cross-layer transcoder x and y are [l, n, d].
             Of the last two, the first token of each text is left out, as `check` does: its norm is many times that of
             others, and would set the scale. From arrays and batches leave it out yourself.
-        width: number of features.
+        width: number of features; of a cross-layer transcoder, those of each layer.
         kind: "batchtopk" (the result is a JumpReLU with one threshold), "jumprelu" (a threshold for each feature) or
             "topk" (a `TopK`, which Gemma Scope cannot hold, and SAELens in autoencoders alone).
         k: active features of a token: exactly so many in "topk", on average in the others. By default 32, or a
-            sixteenth of a width below 512.
-        site_in: name of the site that is read; not needed for a store of one site.
-        site_out: name of the site that is written, which makes a transcoder.
+            sixteenth of a width below 512. Of a cross-layer transcoder, in each layer.
+        site_in: name of the site that is read; not needed for a store of one site. For a cross-layer transcoder a list,
+            or for a store and for arrays a name with "*" for the layer.
+        site_out: name of the site that is written, which makes a transcoder; several, likewise.
+        prefixes: numbers of features, such as (256, 1024), of which the first that many alone should explain the value,
+            too: a Matryoshka dictionary, whose first features are the general ones (Bussmann et al. 2025). The loss is
+            the mean over these and the width.
         batch: tokens of a step; by default those of the first batch, and 1,024 of an array or a store. Batches of other
             sizes are joined and cut. Tokens at the end that do not fill a batch are left out.
         steps: by default, one pass over the activations. With more, passes are repeated, which an iterator cannot be.
             Give it for an iterable without a length: otherwise the rate does not fall at its end.
         learning_rate: by default 2e-4 sqrt(16384 / width).
         seed: of the initial weights, and of the order of arrays and stores.
+        checkpoint: a file that holds the run, so that the same call goes on where it was after it was killed, and gives
+            the same bits. The activations must begin anew: their first batches are read again, without a step.
+        checkpoint_every: steps from one writing of it to the next; it is also written at the end.
         progress: show a bar; by default in a terminal.
         report: called every 50 steps and at the last with `Figures`: step, loss, l0, fvu, dead. With the `append` of a
             list, this gives a history to draw.
 
     Returns:
-        A `SparseAutoencoder` or `Transcoder` in float32, which `save` writes.
+        A `SparseAutoencoder`, `Transcoder` or `CrossLayerTranscoder` in float32, which `save` writes.
 
     Raises:
-        ValueError: an argument is wrong; activations do not fill a batch; or the loss is not finite.
+        ValueError: an argument is wrong; activations do not fill a batch; the loss is not finite; or the checkpoint has
+            a run with other settings, or on other activations, which the message names.
+        CheckpointError: the checkpoint is damaged.
         UnknownSite: no site has the name.
 
     >>> import numpy as np
@@ -100,43 +116,68 @@ def train(
     """
     if kind not in get_args(Kind):
         raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(map(repr, get_args(Kind)))}")
-    for name, value in (("width", width), ("batch", batch), ("steps", steps)):
+    counts = {"width": width, "batch": batch, "steps": steps, "checkpoint_every": checkpoint_every}
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
     k = min(32, max(width // 16, 1)) if k is None else k
     check_k(k, width)
-    sites = _sites(activations, site_in, site_out)
+    plan = Plan(kind, k, _prefixes(prefixes, width))
+    sites = sites_of(activations, site_in, site_out)
+    layers = len(sites[0])
     source = source_of(activations, sites, batch, seed)
     total = steps if steps is not None or source.rows is None else max(source.rows // source.batch, 1)
     first, stream = _beginning(itertools.islice(batches(source, once=steps is None), steps), source)
-    scalings = tuple(map(_scaling, first))
+    scalings = tuple(scaling_of(values, layers) for values in first)
     scaled = tuple(scaling(values[: source.batch]) for scaling, values in zip(scalings, first, strict=True))
-    state = new_state(scaled, width, kind, k, seed)
     rate = _ADAM_RATE * math.sqrt(_RATE_WIDTH / width) if learning_rate is None else learning_rate
-    patience = jnp.int32(_patience(width, k, source.batch, total))
-    with tqdm(total=total, desc="train", unit=" steps", disable=None if progress is None else not progress) as bar:
-        for step, values in enumerate(stream):
-            at = jnp.float32(rate * _share_of_rate(step, total))
-            state, figures = train_step(state, values, scalings, at, patience, kind=kind, k=k)
-            bar.update()
-            if (step + 1) % _EVERY == 0:
-                _report(figures, bar, report)
-        if int(state.step) % _EVERY:
-            _report(figures, bar, report)
+    settings = plan._asdict() | {"site_in": sites[0], "site_out": sites[-1], "batch": source.batch, "steps": total}
+    settings |= {"learning_rate": rate, "seed": seed, "activations": fingerprint(first)}
+    kept = Checkpoint(None if checkpoint is None else Path(checkpoint), checkpoint_every, settings)
+    state = kept.restored(new_state(scaled, layers, plan, seed))
+    run = _Run(plan, scalings, rate, jnp.int32(_patience(width, k, source.batch, total)), total)
+    done, hidden = int(state.step), None if progress is None else not progress
+    rest = itertools.islice(stream, done, None)
+    with tqdm(rest, total=total, initial=done, desc="train", unit=" steps", disable=hidden) as bar:
+        state = _trained(state, bar, run, kept, report)
     if steps is not None and int(state.step) < steps:
         _log.warning("the activations ended after %s of %s steps", f"{int(state.step):,}", f"{steps:,}")
-    return _folded(state, scalings, kind, k, sites)
+    return dictionary_of(state, scalings, plan, sites)
 
 
-def _sites(activations: Any, site_in: str | None, site_out: str | None) -> tuple[str, ...]:
-    """The canonical names of the sites that are read and written; one, for an autoencoder."""
-    if site_in is None:
-        if not isinstance(activations, Store) or len(activations.sites) != 1:
-            there = f"; the store has {', '.join(activations.sites)}" if isinstance(activations, Store) else ""
-            raise ValueError(f"give site_in=, the name of the site that has these activations{there}")
-        site_in = activations.sites[0]
-    deepest = Gemma3Config.preset("27b")
-    return tuple(resolve(name, deepest).name for name in (site_in, site_out) if name is not None)
+class _Run(NamedTuple):
+    """What stays as it is from step to step."""
+
+    plan: Plan
+    scalings: tuple[Scaling, ...]
+    rate: float
+    patience: jax.Array
+    total: int | None
+
+
+def _trained(state: State, bar: tqdm, run: _Run, kept: Checkpoint, report: Callable[[Figures], object] | None) -> State:
+    """The state after a step on each batch, of which `bar` is an iterable."""
+    figures = None
+    for step, values in enumerate(bar, start=int(state.step)):
+        at = jnp.float32(run.rate * _share_of_rate(step, run.total))
+        state, figures = train_step(state, values, run.scalings, at, run.patience, plan=run.plan)
+        if (step + 1) % _EVERY == 0:
+            _report(figures, bar, report)
+        if (step + 1) % kept.every == 0:
+            kept.keep(state)
+    if figures is not None:
+        if int(state.step) % _EVERY:
+            _report(figures, bar, report)
+        kept.keep(state)
+    return state
+
+
+def _prefixes(prefixes: Sequence[int], width: int) -> tuple[int, ...]:
+    """The prefixes of the width, with the width itself."""
+    whole = (*prefixes, *(() if width in prefixes[-1:] else (width,)))
+    if list(whole) != sorted(set(whole)) or whole[0] < 1:
+        raise ValueError(f"prefixes are {tuple(prefixes)}; they must rise from 1 on, to at most the width, {width}")
+    return whole
 
 
 def _beginning(stream: Iterator[Values], source: Source) -> tuple[Values, Iterator[Values]]:
@@ -150,20 +191,6 @@ def _beginning(stream: Iterator[Values], source: Source) -> tuple[Values, Iterat
     if not all(np.isfinite(each).all() for each in first):
         raise ValueError("activations have NaN or infinity")
     return first, itertools.chain(held, stream)
-
-
-def _scaling(values: np.ndarray) -> Scaling:
-    """The geometric median of values [n, d], and what makes their mean distance from it sqrt(d)."""
-    centre = values.mean(axis=0)
-    for _ in range(10):  # Weiszfeld's iteration
-        distances = np.linalg.norm(values - centre, axis=1)
-        pull = 1 / np.maximum(distances, max(1e-6 * float(distances.mean()), 1e-30))
-        # [n] x [n, d] -> [d]
-        centre = pull @ values / pull.sum()
-    distance = float(np.linalg.norm(values - centre, axis=1).mean())
-    if distance == 0:
-        raise ValueError("all activations are equal; there is nothing to learn")
-    return Scaling(jnp.asarray(centre, jnp.float32), jnp.float32(values.shape[1] ** 0.5 / distance))
 
 
 def _share_of_rate(step: int, total: int | None) -> float:
@@ -191,26 +218,3 @@ def _report(figures: Figures, bar: Any, report: Callable[[Figures], object] | No
     bar.set_postfix(loss=f"{known.loss:.3f}", L0=f"{known.l0:.1f}", FVU=f"{known.fvu:.3f}", dead=f"{known.dead:.1%}")
     if report is not None:
         report(known)
-
-
-def _folded(
-    state: State, scalings: tuple[Scaling, ...], kind: Kind, k: int, sites: tuple[str, ...]
-) -> SparseAutoencoder | Transcoder:
-    """The dictionary for raw values. Features have the scale of the output, so that decoder rows keep their length."""
-    weights = {name: np.asarray(weight, np.float64) for name, weight in state.weights.items()}
-    (centre_in, scale_in), (centre_out, scale_out) = (
-        (np.asarray(each.centre, np.float64), float(each.scale)) for each in (scalings[0], scalings[-1])
-    )
-    W_enc = weights["W_enc"] * (scale_in / scale_out)
-    threshold = np.asarray(threshold_of(state.weights)) if kind == "jumprelu" else np.asarray(state.threshold)
-    activation: Activation = TopK(k) if kind == "topk" else JumpRelu(jnp.asarray(threshold / scale_out, jnp.float32))
-    arrays = {
-        "W_enc": W_enc,
-        "b_enc": weights["b_enc"] / scale_out - centre_in @ W_enc,
-        "W_dec": weights["W_dec"],
-        "b_dec": weights["b_dec"] / scale_out + centre_out,
-    }
-    made: dict[str, Any] = {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
-    if len(sites) == 2:
-        return Transcoder(**made, activation=activation, site_in=sites[0], site_out=sites[1])
-    return SparseAutoencoder(**made, activation=activation, site_in=sites[0])

@@ -1,6 +1,7 @@
 """Batches of activations for training, from what a caller has: arrays, batches, a store, or caches of a model.
 
-Axes: n tokens, d features of a site; m tokens of a piece, which may be any number.
+Axes: n tokens, d features of a site, l layers of a dictionary of several, whose values are side by side; m tokens of a
+piece, which may be any number.
 """
 
 import itertools
@@ -15,8 +16,10 @@ from gemma3_jax.inputs import as_array
 
 _BATCH = 1024  # where the caller does not say
 
-# A token's values at the site that is read and at the one that is written; of an autoencoder, the first alone.
+# A token's values at the sites that are read and at those that are written; of an autoencoder, the first alone.
 Values = tuple[Any, ...]
+# Canonical names of the sites that are read, and of those that are written; in each, one for every layer.
+Sites = tuple[tuple[str, ...], ...]
 
 
 @runtime_checkable
@@ -45,12 +48,12 @@ class Source(NamedTuple):
     batch: int
 
 
-def source_of(activations: Any, sites: tuple[str, ...], batch: int | None, seed: int) -> Source:
+def source_of(activations: Any, sites: Sites, batch: int | None, seed: int) -> Source:
     """Where batches come from.
 
     Args:
         activations: see `train`.
-        sites: canonical names of the sites that are read and written; one, for an autoencoder.
+        sites: see there; one tuple, for an autoencoder.
         batch: tokens of a batch, or None.
         seed: of the order of arrays and stores.
 
@@ -110,15 +113,16 @@ def _of_arrays(values: Values, batch: int, seed: int) -> Source:
     return Source(passes, len(values[0]), batch)
 
 
-def _of_store(store: Store, sites: tuple[str, ...], batch: int, seed: int) -> Source:
+def _of_store(store: Store, sites: Sites, batch: int, seed: int) -> Source:
     def passes(number: int) -> Iterator[Values]:
-        shuffled = store.shuffled(batch, seed, sites=list(dict.fromkeys(sites)), epoch=number)
+        names = list(dict.fromkeys(itertools.chain(*sites)))
+        shuffled = store.shuffled(batch, seed, sites=names, epoch=number)
         return (_as_values(piece, sites) for piece in shuffled)
 
     return Source(passes, len(store), batch)
 
 
-def _of_batches(activations: Iterable[Any], sites: tuple[str, ...], batch: int | None) -> Source:
+def _of_batches(activations: Iterable[Any], sites: Sites, batch: int | None) -> Source:
     """Of an iterable, of which the first element says how large batches are."""
     again = iter(activations)
     first = next(again, None)
@@ -139,8 +143,8 @@ def _of_batches(activations: Iterable[Any], sites: tuple[str, ...], batch: int |
     return Source(passes, total, batch or max(rows, 1))
 
 
-def _as_values(piece: Any, sites: tuple[str, ...]) -> Values:
-    """The values [m, d] of some tokens at the sites.
+def _as_values(piece: Any, sites: Sites) -> Values:
+    """The values [m, d] of some tokens at the sites; [m, l d] of a dictionary of several layers.
 
     Raises:
         ValueError: they are not such arrays.
@@ -151,21 +155,31 @@ def _as_values(piece: Any, sites: tuple[str, ...]) -> Values:
     if len(found) != len(sites):
         wanted = "arrays, or give site_out=" if len(sites) == 1 else "pairs (x, y), values of site_in and of site_out"
         raise ValueError(f"a batch of activations has {len(found)} arrays; give {wanted}")
-    shapes = [np.shape(each) for each in found]
-    if any(len(shape) != 2 for shape in shapes) or len({shape[0] for shape in shapes}) != 1:
-        raise ValueError(f"activations have shapes {', '.join(map(str, shapes))}; they must be [n, d], of real tokens")
+    layers = len(sites[0])
+    shapes, axes = [np.shape(each) for each in found], 2 if layers == 1 else 3
+    if any(len(shape) != axes for shape in shapes) or len({shape[-2] for shape in shapes}) != 1:
+        wanted = "[n, d], of real tokens" if layers == 1 else f"[{layers}, n, d], of real tokens"
+        raise ValueError(f"activations have shapes {', '.join(map(str, shapes))}; they must be {wanted}")
+    if layers > 1:
+        if any(len(each) != layers for each in found):
+            raise ValueError(f"activations have shapes {', '.join(map(str, shapes))}, for {layers} layers")
+        # [l, m, d] -> [m, l d]
+        found = tuple(np.moveaxis(np.asarray(each), 0, 1).reshape(shapes[0][1], -1) for each in found)
     return tuple(each if isinstance(each, jax.Array) else np.asarray(each) for each in found)
 
 
-def _of_mapping(piece: Any, sites: tuple[str, ...]) -> Values:
+def _of_mapping(piece: Any, sites: Sites) -> Values:
     """The values of real tokens by site, without the first of each text, whose norm is far from others'."""
+    names = list(dict.fromkeys(itertools.chain(*sites)))
+    values: dict[str, Any]
     if isinstance(piece, ActivationCache):
-        values: list[Any] = [piece.real(name) for name in sites]
+        values = {name: piece.real(name) for name in names}
         tokens, mask = np.asarray(piece.tokens), np.asarray(piece.attention_mask)
         kept = ((np.cumsum(mask, axis=1) > 1) & (tokens != piece.config.bos_token_id))[mask > 0]
     else:
-        values, kept = [as_array(piece[name]) for name in sites], np.asarray(piece.positions) > 0
-    for name, value in zip(sites, values, strict=True):
+        values, kept = {name: as_array(piece[name]) for name in names}, np.asarray(piece.positions) > 0
+    for name, value in values.items():
         if isinstance(value, Mapping):
             raise ValueError(f"{name} was reduced to {', '.join(value)}; training needs the values of the site")
-    return tuple(np.asarray(value).reshape(len(value), -1)[kept] for value in values)
+    flat = {name: np.asarray(value).reshape(len(value), -1)[kept] for name, value in values.items()}
+    return tuple(flat[one[0]] if len(one) == 1 else np.concatenate([flat[name] for name in one], 1) for one in sites)

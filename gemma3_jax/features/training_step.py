@@ -1,16 +1,24 @@
-"""One step of training: what is minimized, and how weights change. Jitted once for each shape, kind and k.
+"""One step of training: what is minimized, and how weights change. Jitted once for each shape and `Plan`.
 
 Everything happens on scaled values: inputs and targets minus their centre, times what makes their mean norm sqrt(d).
+Weights are those of l layers: of one, in an autoencoder and a transcoder. Each layer has an encoder of its own, and
+writes to itself and to the layers after it. Values of all layers are side by side: [n, l d].
 
 - "topk" keeps the k largest positive products of each token (https://arxiv.org/abs/2406.04093).
 - "batchtopk" keeps the n k largest of a batch of n tokens (https://arxiv.org/abs/2412.06410).
 - "jumprelu" keeps what is above a threshold of each feature, which learns by straight-through estimators; the penalty
   (L0 / k - 1)^2 holds the mean number of active features near k (https://arxiv.org/abs/2407.14435).
 
-Axes: n tokens of a batch, i features of the input, o of the output, f features of the dictionary.
+With several prefixes of the width, the error is the mean of those that the first features alone leave, for each of
+these prefixes (Matryoshka, https://arxiv.org/abs/2503.17547).
+
+Axes: n tokens of a batch, i features of an input, o of an output, f features of a layer of the dictionary, l layers
+that are read, m layers that one of them writes to.
 """
 
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.struct
@@ -21,7 +29,8 @@ import optax
 from gemma3_jax.compute.matmul import matmul
 
 Kind = Literal["batchtopk", "jumprelu", "topk"]
-Weights = dict[str, jax.Array]
+Layer = dict[str, jax.Array]
+Weights = tuple[Layer, ...]
 
 _AUXILIARY = 1 / 32  # weight of the auxiliary loss
 _HASTE = 10  # by how much faster thresholds learn than other weights
@@ -32,20 +41,34 @@ _HALVINGS = 20
 _OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
 
 
+class Plan(NamedTuple):
+    """What a step compiles for, beside shapes.
+
+    Attributes:
+        kind: see above.
+        k: active features of a token, in each layer.
+        prefixes: ascending numbers of features, of which the last one is the width.
+    """
+
+    kind: Kind
+    k: int
+    prefixes: tuple[int, ...]
+
+
 @flax.struct.dataclass
 class Scaling:
     """From raw values to those that are trained on: (value - centre) * scale.
 
     Attributes:
-        centre: [d].
-        scale: [].
+        centre: [d], or [l d].
+        scale: [], or [l d].
     """
 
     centre: jax.Array
     scale: jax.Array
 
     def __call__(self, values: jax.Array) -> jax.Array:
-        """[n, d] float32."""
+        """[n, l d] float32."""
         return (values.astype(jnp.float32) - self.centre) * self.scale
 
 
@@ -54,11 +77,11 @@ class State:
     """What a step changes.
 
     Attributes:
-        weights: W_enc [i, f], b_enc [f], W_dec [f, o] with rows of length 1, b_dec [o]; log_threshold [f] in
-            "jumprelu", divided by _HASTE.
+        weights: of each layer W_enc [i, f], b_enc [f], W_dec [f, m, o] with rows [m, o] of length 1, b_dec [o] of what
+            is written there; log_threshold [f] in "jumprelu", divided by _HASTE.
         optimizer: Adam's.
-        idle: [f] int32, for how many steps each feature has not been active.
-        kept: [] the running mean of the smallest kept value, which began at 0.
+        idle: [l, f] int32, for how many steps each feature has not been active.
+        kept: [l] the running mean of the smallest kept value, which began at 0.
         step: [] int32, the number of steps done.
     """
 
@@ -70,7 +93,7 @@ class State:
 
     @property
     def threshold(self) -> jax.Array:
-        """[]: the mean of the smallest kept value over the last steps, about a hundred."""
+        """[l]: the mean of the smallest kept value over the last steps, about a hundred."""
         return self.kept / (1 - _MEMORY**self.step)
 
 
@@ -80,8 +103,8 @@ class Figures(NamedTuple):
     Attributes:
         step: the number of the step, from 1.
         loss: what is minimized.
-        l0: active features of a token, on average.
-        fvu: fraction of variance unexplained.
+        l0: active features of a token, on average; of all layers together.
+        fvu: fraction of variance unexplained, of scaled values.
         dead: fraction of features that have not been active for many steps.
     """
 
@@ -92,21 +115,26 @@ class Figures(NamedTuple):
     dead: Any
 
 
-def new_state(values: tuple[jax.Array, ...], width: int, kind: Kind, k: int, seed: int) -> State:
-    """The state before the first step, for scaled values: inputs [n, i], and targets [n, o] if these are others."""
-    key_enc, key_dec = jax.random.split(jax.random.key(seed))
-    x, y = values[0], values[-1]
-    W_dec = _unit_rows(jax.random.normal(key_dec, (width, y.shape[1])))
-    W_enc = (W_dec if len(values) == 1 else _unit_rows(jax.random.normal(key_enc, (width, x.shape[1])))).T
-    weights = {"W_enc": W_enc, "b_enc": jnp.zeros(width), "W_dec": W_dec, "b_dec": jnp.zeros(W_dec.shape[1])}
-    if kind == "jumprelu":  # as many active features as wanted, from the start
-        first = smallest_kept(_products(weights, x), k * len(x), axis=None)
-        weights["log_threshold"] = jnp.full(width, jnp.log(jnp.maximum(first, _BANDWIDTH)).squeeze() / _HASTE)
-    idle, zero = jnp.zeros(width, jnp.int32), jnp.zeros(())
-    return State(weights, _OPTIMIZER.init(weights), idle, zero, jnp.zeros((), jnp.int32))
+def new_state(values: tuple[jax.Array, ...], layers: int, plan: Plan, seed: int) -> State:
+    """The state before the first step, for scaled values: inputs [n, l i], and targets [n, l o] if these are others."""
+    width, weights = plan.prefixes[-1], []
+    xs, ys = (_by_layer(each, layers) for each in (values[0], values[-1]))
+    keys = jax.random.split(jax.random.key(seed), 2 * layers).reshape(layers, 2)
+    for layer, (x, (key_enc, key_dec)) in enumerate(zip(xs, keys, strict=True)):
+        W_dec = _unit_rows(jax.random.normal(key_dec, (width, layers - layer, ys[0].shape[1])))
+        drawn = W_dec[:, 0] if len(values) == 1 else jax.random.normal(key_enc, (width, x.shape[1]))
+        W_enc = _unit_rows(drawn).T
+        made = {"W_enc": W_enc, "b_enc": jnp.zeros(width), "W_dec": W_dec, "b_dec": jnp.zeros(W_dec.shape[-1])}
+        if plan.kind == "jumprelu":  # as many active features as wanted, from the start
+            first = smallest_kept(_products(made, x), plan.k * len(x), axis=None)
+            made["log_threshold"] = jnp.full(width, jnp.log(jnp.maximum(first, _BANDWIDTH)).squeeze() / _HASTE)
+        weights.append(made)
+    optimizer = _OPTIMIZER.init(tuple(weights))
+    idle, kept = jnp.zeros((layers, width), jnp.int32), jnp.zeros(layers)
+    return State(tuple(weights), optimizer, idle, kept, jnp.zeros((), jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "k"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
 def train_step(
     state: State,
     values: tuple[jax.Array, ...],
@@ -114,70 +142,88 @@ def train_step(
     rate: jax.Array,
     patience: jax.Array,
     *,
-    kind: Kind,
-    k: int,
+    plan: Plan,
 ) -> tuple[State, Figures]:
     """One step on a batch.
 
     Args:
         state: donated.
-        values: raw inputs [n, i], and targets [n, o] if these are others.
+        values: raw inputs [n, l i], and targets [n, l o] if these are others.
         scalings: one for each.
         rate: [] learning rate.
         patience: [] int32, after how many idle steps a feature counts as dead.
-        kind: see above.
-        k: active features of a token.
+        plan: see there.
     """
-    x, y = scalings[0](values[0]), scalings[-1](values[-1])
+    layers = len(state.weights)
+    x, y = (_by_layer(scalings[i](values[i]), layers) for i in (0, -1))
     dead = state.idle >= patience
-    (loss, (f, error)), gradients = jax.value_and_grad(_loss, has_aux=True)(state.weights, x, y, dead, kind, k)
-    # [f, o]: what would only change the length of a row
-    W_dec, slope = state.weights["W_dec"], gradients["W_dec"]
-    gradients["W_dec"] = slope - jnp.sum(slope * W_dec, axis=1, keepdims=True) * W_dec
+    (loss, (f, error)), gradients = jax.value_and_grad(_loss, has_aux=True)(state.weights, x, y, dead, plan)
+    for layer, slopes in zip(state.weights, gradients, strict=True):
+        # [f, m, o]: what would only change the length of a row
+        along = jnp.sum(slopes["W_dec"] * layer["W_dec"], axis=(1, 2), keepdims=True)
+        slopes["W_dec"] -= along * layer["W_dec"]
     updates, optimizer = _OPTIMIZER.update(gradients, state.optimizer)
     weights = jax.tree.map(lambda weight, update: weight - rate * update, state.weights, updates)
-    weights["W_dec"] = _unit_rows(weights["W_dec"])
+    for layer in weights:
+        layer["W_dec"] = _unit_rows(layer["W_dec"])
+    # [l, n, f]
+    f = jnp.stack(f)
     active = f > 0
-    smallest = jnp.min(f, where=active, initial=jnp.inf)
+    smallest = jnp.min(f, axis=(1, 2), where=active, initial=jnp.inf)
     after = State(
         weights=weights,
         optimizer=optimizer,
-        idle=jnp.where(jnp.any(active, axis=0), 0, state.idle + 1),
+        idle=jnp.where(jnp.any(active, axis=1), 0, state.idle + 1),
         kept=_MEMORY * state.kept + (1 - _MEMORY) * jnp.where(jnp.isfinite(smallest), smallest, 0.0),
         step=state.step + 1,
     )
-    variance = jnp.sum((y - jnp.mean(y, axis=0)) ** 2)
-    fvu = jnp.sum(error**2) / variance
-    return after, Figures(after.step, loss, jnp.sum(active) / len(x), fvu, jnp.mean(dead))
+    variance = sum(jnp.sum((target - jnp.mean(target, axis=0)) ** 2) for target in y)
+    fvu = sum(jnp.sum(each**2) for each in error) / variance
+    return after, Figures(after.step, loss, jnp.sum(active) / f.shape[1], fvu, jnp.mean(dead))
 
 
 def _loss(
-    weights: Weights, x: jax.Array, y: jax.Array, dead: jax.Array, kind: Kind, k: int
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The loss, and the features [n, f] and errors [n, o]."""
-    z = _products(weights, x)
-    f, penalty = _features(weights, z, dead, kind, k)
-    # [n, f] x [f, o] -> [n, o]
-    error = y - matmul("nf,fo->no", f, weights["W_dec"]) - weights["b_dec"]
-    missing = jax.lax.stop_gradient(error)
-    auxiliary = jax.lax.cond(jnp.any(dead), _auxiliary, lambda *_: 0.0, weights["W_dec"], z, missing, dead)
-    loss = jnp.sum(error**2) / error.size + penalty + _AUXILIARY * auxiliary
-    return loss, (f, error)
+    weights: Weights, x: Sequence[jax.Array], y: Sequence[jax.Array], dead: jax.Array, plan: Plan
+) -> tuple[jax.Array, tuple[list[jax.Array], list[jax.Array]]]:
+    """The loss, and of each layer the features [n, f] and the errors [n, o]."""
+    z = [_products(*each) for each in zip(weights, x, strict=True)]
+    f, penalties = zip(*(_features(*each, plan) for each in zip(weights, z, dead, strict=True)), strict=True)
+    error = [target - layer["b_dec"] for target, layer in zip(y, weights, strict=True)]
+    squares: jax.Array | float = 0.0
+    for start, stop in itertools.pairwise((0, *plan.prefixes)):
+        error = _less(error, [each[:, start:stop] for each in f], [layer["W_dec"][start:stop] for layer in weights])
+        squares += sum(jnp.mean(each**2) for each in error) / len(error)
+    auxiliary = jax.lax.cond(jnp.any(dead), _auxiliary, lambda *_: 0.0, weights, z, jax.lax.stop_gradient(error), dead)
+    loss = squares / len(plan.prefixes) + sum(penalties) / len(penalties) + _AUXILIARY * auxiliary
+    return loss, (list(f), error)
 
 
-def _products(weights: Weights, x: jax.Array) -> jax.Array:
+def _by_layer(values: jax.Array, layers: int) -> list[jax.Array]:
+    """[n, d] of each layer, of [n, l d]."""
+    return jnp.split(values, layers, axis=1)
+
+
+def _products(layer: Layer, x: jax.Array) -> jax.Array:
     # [n, i] x [i, f] -> [n, f]
-    return matmul("ni,if->nf", x, weights["W_enc"]) + weights["b_enc"]
+    return matmul("ni,if->nf", x, layer["W_enc"]) + layer["b_enc"]
 
 
-def _features(
-    weights: Weights, z: jax.Array, dead: jax.Array, kind: Kind, k: int
-) -> tuple[jax.Array, jax.Array | float]:
-    """The features [n, f], and a penalty on their number."""
-    if kind != "jumprelu":
-        many, axis = (k, 1) if kind == "topk" else (k * len(z), None)
+def _less(y: Sequence[jax.Array], f: Sequence[jax.Array], W_dec: Sequence[jax.Array]) -> list[jax.Array]:
+    """Values [n, o] of each layer, minus what the features [n, f] of each layer write."""
+    left = list(y)
+    for layer, (features, W) in enumerate(zip(f, W_dec, strict=True)):
+        # [n, f] x [f, m, o] -> [m, n, o]
+        written = matmul("nf,fmo->mno", features, W)
+        left[layer:] = [each - part for each, part in zip(left[layer:], written, strict=True)]
+    return left
+
+
+def _features(layer: Layer, z: jax.Array, dead: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array | float]:
+    """The features [n, f] of a layer, and a penalty on their number."""
+    if plan.kind != "jumprelu":
+        many, axis = (plan.k, 1) if plan.kind == "topk" else (plan.k * len(z), None)
         return jnp.where(z > smallest_kept(z, many, axis), z, 0.0), 0.0
-    threshold = threshold_of(weights)
+    threshold = threshold_of(layer)
     fixed = jax.lax.stop_gradient(threshold)
     change = threshold - fixed  # 0, with a gradient
     # [n, f]: an estimate of the density of products at the threshold, by which a change of it changes what is kept
@@ -187,21 +233,22 @@ def _features(
     l0 = jnp.sum(active - near * change) / len(z)
     # The threshold of a dead feature is far from any product, and would stay there
     gap = jnp.mean(jnp.where(dead, jax.nn.relu(threshold - jax.lax.stop_gradient(z)), 0.0))
-    return f, (l0 / k - 1) ** 2 + gap
+    return f, (l0 / plan.k - 1) ** 2 + gap
 
 
-def _auxiliary(W_dec: jax.Array, z: jax.Array, missing: jax.Array, dead: jax.Array) -> jax.Array:
-    """How little dead features, the d / 2 largest of each token, explain of what is missing [n, o]: AuxK."""
-    z = jnp.where(dead, z, 0.0)
-    f = jnp.where(z > smallest_kept(z, missing.shape[1] // 2, axis=1), z, 0.0)
-    # [n, f] x [f, o] -> [n, o]
-    left = missing - matmul("nf,fo->no", f, W_dec)
-    return jnp.sum(left**2) / jnp.maximum(jnp.sum(missing**2), 1e-12)
+def _auxiliary(weights: Weights, z: Sequence[jax.Array], missing: Sequence[jax.Array], dead: jax.Array) -> jax.Array:
+    """How little dead features, the d / 2 largest of each token and layer, explain of what is missing: AuxK."""
+    many = missing[0].shape[1] // 2
+    of_dead = [jnp.where(each, products, 0.0) for each, products in zip(dead, z, strict=True)]
+    f = [jnp.where(each > smallest_kept(each, many, axis=1), each, 0.0) for each in of_dead]
+    left = _less(missing, f, [layer["W_dec"] for layer in weights])
+    shares = [jnp.sum(a**2) / jnp.maximum(jnp.sum(b**2), 1e-12) for a, b in zip(left, missing, strict=True)]
+    return sum(shares, jnp.float32(0.0)) / len(shares)
 
 
-def threshold_of(weights: Weights) -> jax.Array:
+def threshold_of(layer: Layer) -> jax.Array:
     """The thresholds [f] that are learned."""
-    return jnp.exp(_HASTE * weights["log_threshold"])
+    return jnp.exp(_HASTE * layer["log_threshold"])
 
 
 def smallest_kept(z: jax.Array, many: int, axis: int | None) -> jax.Array:
@@ -224,4 +271,5 @@ def smallest_kept(z: jax.Array, many: int, axis: int | None) -> jax.Array:
 
 
 def _unit_rows(W: jax.Array) -> jax.Array:
-    return W / jnp.linalg.norm(W, axis=1, keepdims=True)
+    """W [f, ...], of which each row has length 1."""
+    return W / jnp.sqrt(jnp.sum(W**2, axis=tuple(range(1, W.ndim)), keepdims=True))

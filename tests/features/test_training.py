@@ -169,9 +169,9 @@ def test_a_store_and_the_model_itself(stored):
     model, texts, store = stored
     small = {"site_in": SITE, "batch": 16, "steps": 3, "k": 2}
     seen = []
-    original = features.training._scaling
+    original = features.training.scaling_of
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features.training, "_scaling", lambda values: seen.append(values) or original(values))
+        patch.setattr(features.training, "scaling_of", lambda x, layers: seen.append(x) or original(x, layers))
         features.train(store, 8, **small)
         features.train(store.shuffled(16), 8, **small)
         features.train(model.activations([texts[:10], texts[10:]], SITE), 8, **small)
@@ -192,12 +192,13 @@ def test_dead_features_learn():
     state, values = None, (jnp.asarray(x[:128]),)
     unit = features.training_step.Scaling(jnp.zeros(D), jnp.float32(2.5))
     for patience, alive in ((5, True), (10**6, False)):
-        state = features.training_step.new_state((unit(values[0]),), F, "topk", K, 0)
-        state.weights["b_enc"] = state.weights["b_enc"].at[0].set(-3.0)
+        plan = features.training_step.Plan("topk", K, (F,))
+        state = features.training_step.new_state((unit(values[0]),), 1, plan, 0)
+        state.weights[0]["b_enc"] = state.weights[0]["b_enc"].at[0].set(-3.0)
         for i in range(400):
             values = (jnp.asarray(x[i % 32 * 128 :][:128]),)
-            state, _ = train_step(state, values, (unit,), jnp.float32(5e-3), jnp.int32(patience), kind="topk", k=K)
-        assert (int(state.idle[0]) < 50) == alive
+            state, _ = train_step(state, values, (unit,), jnp.float32(5e-3), jnp.int32(patience), plan=plan)
+        assert (int(state.idle[0, 0]) < 50) == alive
 
 
 def test_how_many_are_kept():

@@ -88,14 +88,25 @@ def test_texts_of_a_file(monkeypatch, tmp_path, capsys):
 
 
 def test_features_are_trained(monkeypatch, tmp_path, capsys):
-    """They explain held-out texts, and are saved; after one step they do not. A file gives texts too."""
+    """They explain held-out texts, and are saved by kind and layer; after one step not. A file gives texts too."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import train_features
 
-    report, history = train_features.main(width=96, rows=64, steps=100, output=tmp_path / "sae")
-    assert capsys.readouterr().out.count("step ") == len(history) == 2
-    assert report.fvu < 0.3
-    assert train_features.main(width=96, rows=64, steps=1)[0].fvu > 0.5  # control
-    assert {file.name for file in (tmp_path / "sae").iterdir()} == {"config.json", "params.safetensors"}
+    from gemma3_jax import features
+
+    small = {"layers": "2", "width": 96, "rows": 72, "held_out": 8}
+    results = train_features.main(**small, steps=100, output=tmp_path / "features")
+    printed = capsys.readouterr().out
+    places = [f"{kind}_all/layer_2_width_96_l0_small" for kind in ("resid_post", "transcoder")]
+    assert list(results) == places
+    for place, (report, history) in results.items():
+        assert len(history) == 2
+        assert f"{place}\n  {report}" in printed
+        assert report.fvu < 0.4
+        assert features.load(tmp_path / "features", place).W_enc.dtype == "float16"
+    untrained, _ = train_features.main(**small, kinds="resid_post", steps=1)[places[0]]
+    assert untrained.fvu > 0.5  # control
     (tmp_path / "texts.txt").write_text("ba ke\n\nlo mu\nti\n", "utf-8")
-    assert train_features.texts_of(None, tmp_path / "texts.txt", rows=0) == (["ba ke", "lo mu"], ["ti"])
+    model = train_features.HookedGemma3.from_pretrained(train_features.TINY)
+    assert train_features.texts_of(model, tmp_path / "texts.txt", 1, held_out=1) == (["ba ke", "lo mu"], ["ti"])
+    assert train_features.folder_of("mlp_out", 9, 16384, 60) == "mlp_out_all/layer_9_width_16k_l0_medium"

@@ -23,7 +23,7 @@ SURFACE = {
     "save_params",
     "conversion.parity": "Report Row compare compare_sites parity",
     "gemma3_jax.edits": "Add Clamp FromCache FromRow Mean Noise Only ProjectOut Replace Scale only",
-    "gemma3_jax.features": "CrossLayerTranscoder Crosscoder Encode Gated GroupMax JumpRelu LayerNorm Relu "
+    "gemma3_jax.features": "TINY CrossLayerTranscoder Crosscoder Encode Gated GroupMax JumpRelu LayerNorm Relu "
     "SparseAutoencoder TopK Transcoder UnitNorm dashboard feature_attribution load prompt_view save search "
     "shardings splice steer train",
     "gemma3_jax.generation": "Generation generate",
