@@ -35,7 +35,7 @@ def test_each_explains_its_site(model, place):
     report = sae.check(model, repeated_tokens(model, rows=16, half=16, seed=9))
     assert report.fvu < 0.2
     assert report.l0 < 10
-    assert abs(report.delta_loss) < 0.2  # 0.13 at the first layer, elsewhere below 0.02
+    assert abs(report.delta_loss) < 0.2  # 0.13 at the first layer
     assert not report.better
     worst = max(fvu for _, fvu in report.neighbours)
     assert worst > 3 * report.fvu  # control
