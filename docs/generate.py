@@ -23,6 +23,7 @@ BLOCK = 5
 # A TransformerLens call, and the name of ours. A test looks up every name of the right column.
 CALLS = (
     ("HookedTransformer.from_pretrained", "HookedGemma3.from_pretrained"),
+    ("TransformerBridge.boot_transformers", "HookedGemma3.from_pretrained"),
     ("model.run_with_cache(..., incl_bwd=True)", "HookedGemma3.run_with_cache, grad_at"),
     ("model.run_with_hooks", "HookedGemma3.run_with_hooks"),
     ("model(residual, start_at_layer=3)", "forward"),
