@@ -116,3 +116,11 @@ def test_a_picture_without_arguments():
     assert pictures.patching_heatmap(grid, axes="layer query", title="mine").columns.name == "query"
     with pytest.raises(ValueError, match=r"pass model\.config"):
         pictures.patching_heatmap(np.asarray(grid))
+
+
+def test_both_names_of_positions():
+    """A picture of a grid takes "position" for its axis "pos", as it does for an array, and "pos" itself."""
+    for name in ("pos", "position"):
+        assert pictures.patching_heatmap(patched(), names={name: "corrupted token"}).columns.name == "corrupted token"
+    with pytest.raises(ValueError, match="names has place, which axes"):
+        pictures.patching_heatmap(patched(), names={"place": "token"})

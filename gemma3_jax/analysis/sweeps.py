@@ -122,6 +122,8 @@ def sweep(
         progress=progress,
         resume=resume,
     )[0]
+    if not isinstance(values, np.ndarray):  # traced, as the items may be
+        return values
     axes = "run", *(f"result {i}" for i in range(1, values.ndim))
     return named_grid(values, axes, "sweep", {"run": _item_texts(items)})
 

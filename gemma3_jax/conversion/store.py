@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -106,7 +106,7 @@ def load_params(
     config = saved_config(source, first_n_layers)
     layers = config.truncated_from or config.num_hidden_layers
     skipped = {block_key(layer) for layer in range(config.num_hidden_layers, layers)}
-    leaves = {path: leaf for path, leaf in stored_params(source).items() if path[0] not in skipped}
+    leaves = stored_params(source, skipped)
     with _named(source):
         check_shapes(config, leaves)
     dtypes = stored_dtypes(config, leaves, dtype, source)
@@ -138,8 +138,10 @@ def saved_config(directory: Path, first_n_layers: int | None = None) -> Gemma3Co
     return config if first_n_layers is None else truncate(config, first_n_layers)
 
 
-def stored_params(directory: Path) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+def stored_params(directory: Path, skipped: Collection[str] = ()) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     """Shape and dtype of each parameter that `save_params` wrote, by its path; data is not read.
+
+    Parameters below the keys `skipped` are left out, and may be missing.
 
     Raises:
         CheckpointError: the parameters are damaged.
@@ -148,9 +150,9 @@ def stored_params(directory: Path) -> dict[tuple[str, ...], jax.ShapeDtypeStruct
         if not file.is_dir():
             check_file(file)  # Orbax would wait for a FIFO
     with _damage_named(directory):
-        metadata = _handler().metadata(epath.Path(directory.absolute() / PARAMS))
+        metadata = _handler(skipped).metadata(epath.Path(directory.absolute() / PARAMS))
         stored: dict[tuple[str, ...], jax.ShapeDtypeStruct] = flax.traverse_util.flatten_dict(metadata.tree)
-        return stored
+        return {path: leaf for path, leaf in stored.items() if path[0] not in skipped}
 
 
 def stored_dtypes(
@@ -188,14 +190,14 @@ def _damage_named(directory: Path) -> Iterator[None]:
         raise CheckpointError(f"{directory / PARAMS} is damaged: {why}") from error
 
 
-def _handler() -> "ocp.PyTreeCheckpointHandler":
+def _handler(skipped: Collection[str] = ()) -> "ocp.PyTreeCheckpointHandler":
     """Writes and reads the list of the parameters, and leaves the arrays to `zarr`.
 
     Not inside `ocp.Checkpointer`, which writes the time into a file, waits for the other processes to read, and makes
     a temporary directory in ours.
     """
     # Orbax alone reads NumPy arrays without being told where to place them. Earlier versions wrote the other name, too.
-    arrays, earlier = zarr.Arrays("np.ndarray"), zarr.Arrays("jax.Array")
+    arrays, earlier = (zarr.Arrays(kind, skipped) for kind in ("np.ndarray", "jax.Array"))
     kinds = (jax.Array, arrays), (np.ndarray, arrays), (jax.ShapeDtypeStruct, earlier)
     registry = ocp.type_handlers.create_type_handler_registry(*kinds)
     return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, type_handler_registry=registry)

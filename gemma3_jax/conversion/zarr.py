@@ -7,7 +7,7 @@ Axes: d hidden_size, h query heads, e head_dim, f intermediate_size.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import jax
@@ -32,11 +32,12 @@ class Arrays(ocp.type_handlers.ArrayHandler):
 
     Args:
         kind: the name that Orbax gives to the type of the arrays.
+        skipped: the first parts of the names of arrays that may be missing, because they are not read.
     """
 
-    def __init__(self, kind: str):
+    def __init__(self, kind: str, skipped: Collection[str] = ()):
         super().__init__()
-        self._kind = kind
+        self._kind, self._skipped = kind, skipped
 
     def typestr(self) -> str:
         """The name of the type of the arrays."""
@@ -62,9 +63,14 @@ class Arrays(ocp.type_handlers.ArrayHandler):
         return [_read(_stored(info), arg.dtype, arg.sharding) for info, arg in zip(infos, args, strict=True)]
 
     async def metadata(self, infos: Sequence[ocp.type_handlers.ParamInfo]) -> list[jax.ShapeDtypeStruct]:
-        """Shapes and dtypes."""
-        stored = map(_stored, infos)
-        return [jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype) for array in stored]
+        """Shapes and dtypes; those of skipped arrays are not known, and stand for nothing."""
+        return [self._description(info) for info in infos]
+
+    def _description(self, info: ocp.type_handlers.ParamInfo) -> jax.ShapeDtypeStruct:
+        if info.name.partition(".")[0] in self._skipped:
+            return jax.ShapeDtypeStruct((), np.float32)
+        stored = _stored(info)
+        return jax.ShapeDtypeStruct(stored.shape, stored.dtype.numpy_dtype)
 
 
 def shape_of_a_file(shape: Sequence[int]) -> tuple[int, ...]:

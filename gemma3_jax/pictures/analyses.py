@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -13,6 +14,8 @@ from gemma3_jax.pictures.heatmaps import Heatmaps
 from gemma3_jax.pictures.labels import check_index, layer_labels, shortened, token_labels, visible
 from gemma3_jax.pictures.numbers import check_shape, numbers
 from gemma3_jax.pictures.scale import fitting_scale
+
+Value = TypeVar("Value")
 
 _POSITIONS = ("position", "pos", "query", "key", "src_pos")
 
@@ -118,8 +121,8 @@ def patching_heatmap(
     if config is None:
         raise ValueError("the values do not say what model they are of; pass model.config")
     axes, title = axes or "layer position", title or "Activation patching"
-    array, labels, shown = numbers(values), dict(labels or {}), dict(names or {})
     every = axes.split() if isinstance(axes, str) else list(axes)
+    array, labels, shown = numbers(values), _as_in(every, labels), _as_in(every, names)
     if len(every) != array.ndim or len(every) < 2:
         raise ValueError(
             f"values have shape {array.shape}, but axes {axes!r} names {len(every)}; name each axis, and at least two"
@@ -141,6 +144,12 @@ def patching_heatmap(
     # [..., r, c] -> [n, r, c]
     panels = [Panel(*each) for each in zip(titles, array.reshape(-1, *array.shape[-2:]), strict=True)]
     return Heatmaps(title, panels, rows, columns, fitting_scale(quantity, array, vmin, vmax))
+
+
+def _as_in(axes: Sequence[str], mapping: Mapping[str, Value] | None) -> dict[str, Value]:
+    """A mapping by axes; results of patching say "pos" for what pictures call "position"."""
+    known = {"position": "pos"} if "pos" in axes and "position" not in axes else {}
+    return {known.get(name, name): value for name, value in (mapping or {}).items()}
 
 
 def logit_lens_table(
