@@ -25,7 +25,7 @@ from gemma3_jax.hooked.tokenizer import Input
 from gemma3_jax.hooks.edits import Replace
 from gemma3_jax.inputs import Inputs
 
-ROWS = 8  # texts that run at once
+ROWS, LOGITS = 8, 2**30  # texts that run at once at most, and bytes of their logits, of which a loss needs all
 TOKENS, FEATURES = 256, 2**24  # so many tokens are encoded at once, and so many values of features at most
 # By what part of it, and by how much, a neighbour's FVU must be smaller.
 _MARGIN, _ROUNDING = 0.01, 1e-9
@@ -112,8 +112,9 @@ def check(self: Any, model: HookedGemma3, texts: Input) -> Report:
     places = [place_of(sae), *neighbours(sae, model.config)]
     names = sorted({name for place in places for name in (*place.read, *place.written)})
     sums, losses = [_Sums() for _ in places], np.zeros(2)
-    for start in range(0, len(kept), ROWS):
-        here = slice(start, start + ROWS)
+    step = min(ROWS, max(1, LOGITS // (4 * kept.shape[1] * model.config.vocab_size)))
+    for start in range(0, len(kept), step):
+        here = slice(start, start + step)
         mask = None if inputs.attention_mask is None else inputs.attention_mask[here]
         rows, chosen = Inputs(inputs.tokens[here], mask), kept[here]
         loss, cache = model.run_with_cache(rows.tokens, names, return_type="loss", attention_mask=mask)

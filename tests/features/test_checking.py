@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from gemma3_jax import TINY, HookedGemma3, features
+from gemma3_jax.features import checking
 from gemma3_jax.features.neighbours import _KINDS
 from tests.features.small_dictionaries import clt, crosscoder, transcoder
 from tests.helpers.small_model import SITES as SMALL_SITES
@@ -14,6 +15,7 @@ from tests.helpers.small_model import TOKENS, small
 
 TEXTS = ["ba ke lo mu ti so re na du pi ba ke lo mu ti so", "so re na ti ba pi du ke so re na", "ke pi ti lo ke pi"]
 RANK = 24
+SITE = "blocks.1.hook_out"
 
 
 def principal(x, y=None):
@@ -103,6 +105,25 @@ def test_the_figures_are_those_of_their_definitions(model, values):
     )
     nothing = sae.replace(W_dec=0 * sae.W_dec, b_dec=0 * sae.b_dec).check(model, TEXTS)
     assert nothing.delta_loss > report.delta_loss > -0.5
+
+
+def test_few_long_texts_run_at_once(model, values, monkeypatch):
+    """The logits of a loss are bounded, and the figures are the same; without the bound all texts run together."""
+    sae, rows, run = features.SparseAutoencoder(**principal(values[SITE]), site_in=SITE), [], model.run_with_cache
+
+    def counted(tokens, *arguments, **options):
+        rows.append(len(tokens))
+        return run(tokens, *arguments, **options)
+
+    monkeypatch.setattr(
+        HookedGemma3, "run_with_cache", lambda self, *arguments, **options: counted(*arguments, **options)
+    )
+    together = sae.check(model, TEXTS)
+    monkeypatch.setattr(checking, "LOGITS", 1)
+    alone = sae.check(model, TEXTS)
+    assert rows == [3, 1, 1, 1]
+    for name in ("fvu", "l0", "dead", "cosine", "delta_loss", "tokens"):
+        assert getattr(alone, name) == pytest.approx(getattr(together, name), rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("make", [transcoder, clt, crosscoder])
