@@ -80,11 +80,11 @@ def dashboard(
     ['7.html', '9.html', 'index.html']
     """
     target = atomic.check_new_directory(directory)
-    named = list(found) if features is None else [found[_plain(each)] for each in features]
+    named = list(found) if features is None else [found[each] for each in features]
     if not named:
         raise ValueError("features is empty; name some, or leave it out for all that were searched")
     chosen = sorted({each.feature: each for each in named}.values(), key=lambda each: each.feature)
-    known = {found[_plain(each)].feature: text for each, text in (labels or {}).items()}
+    known = {found[each].feature: text for each, text in (labels or {}).items()}
     names = [each.feature for each in chosen]
     rows = []
     with atomic.new_directory(target) as folder:
@@ -97,11 +97,6 @@ def dashboard(
         )
         (folder / "index.html").write_text(index, "utf-8")
     return target / "index.html"
-
-
-def _plain(feature: Any) -> Feature:
-    """A feature of a list, a tuple or an array."""
-    return tuple(np.ravel(feature).tolist()) if np.ndim(feature) else feature
 
 
 def _page(found: Found, own: FoundFeature, beside: list[Feature | None], labels: Labels, pages: set[Feature]) -> str:

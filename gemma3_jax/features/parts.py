@@ -94,12 +94,16 @@ def parts_of(sae: Dictionary) -> dict[str, dict[int | None, Part]]:
 def reader_of(sae: Dictionary, feature: Any) -> tuple[int | None, np.ndarray | jax.Array]:
     """The layer that a feature reads, None in a dictionary of one site, and its index [] int32 there.
 
+    A feature of several layers may also be a list or an array [2], as the rows of `Found.features` are.
+
     Raises:
         ValueError: it is not a feature of the dictionary.
     """
     layers = [layer_of(name) for name in sae.site_in] if isinstance(sae, LAYERED) else [None]
     layer: Any = None
     if isinstance(sae, LAYERED):
+        if isinstance(feature, list | np.ndarray):
+            feature = tuple(np.ravel(feature).tolist())
         if not isinstance(feature, tuple) or len(feature) != 2 or feature[0] not in layers:
             raise ValueError(
                 f"the feature is {feature!r}; in a dictionary of several layers it is (layer, index), with a layer of "

@@ -1,6 +1,4 @@
-"""A search that can be continued: what it knows so far, in a file that is whole at any moment.
-
-The file says what was searched, and a search that would not continue it is refused.
+"""A search that can be continued: what it knows so far, and what makes it that search.
 
 Axes: f features, in the order of the search.
 """
@@ -18,18 +16,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from gemma3_jax import atomic
 from gemma3_jax.features.corpora import Source
+from gemma3_jax.features.state_files import read_state, write_state
 from gemma3_jax.features.tallies import Reader, Tally
 from gemma3_jax.harvest.manifest import digest_of_parameters
 from gemma3_jax.hooked.hooked import HookedGemma3
-from gemma3_jax.reading import CheckpointError, check_file
 
 SECONDS = 60.0  # from one writing to the next
-_FORMAT, _KEY = 1, "gemma3_jax.search"
 
 # By layer, what is known of its features [f]: a `Tally` of NumPy arrays, of all chunks together.
 Tallies = Mapping[int | None, Tally]
@@ -53,34 +48,19 @@ class StateFile:
     """The file of a search; `identity` has by name what must be the same for another run to continue it."""
 
     def __init__(self, file: str | os.PathLike[str], identity: Mapping[str, str]):
-        self._file = atomic.check_new_file(file)
-        self._identity = {"format": str(_FORMAT), **identity}
+        self._file, self._identity = atomic.check_new_file(file), identity
         self._written = time.monotonic()
 
     def read(self) -> Progress | None:
-        """What an earlier run has written; None if it has written nothing.
-
-        Raises:
-            CheckpointError: the file is of another search, which the message describes; or is not one.
-        """
-        if not self._file.exists():
+        """What an earlier run has written; None if it has written nothing. Errors as in `read_state`."""
+        known = read_state(self._file, "search", self._identity)
+        if known is None:
             return None
-        check_file(self._file)
-        try:
-            with safe_open(self._file, "numpy") as opened:
-                described = json.loads((opened.metadata() or {})[_KEY])
-                arrays = {key: opened.get_tensor(key) for key in opened.keys()}
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise CheckpointError(
-                f"{self._file} is not the state of a search, or is damaged; give another file, or delete it"
-            ) from error
-        self._check_same(described["identity"])
         layers: dict[int | None, dict[str, Any]] = {}
-        for key, array in arrays.items():
+        for key, array in known[0].items():
             layer, name = key.split(".")
             layers.setdefault(int(layer) if layer else None, {})[name] = array
-        tallies = {layer: Tally(**each) for layer, each in layers.items()}
-        return Progress(described["batches"], described["tokens"], tallies)
+        return Progress(**known[1], tallies={layer: Tally(**each) for layer, each in layers.items()})
 
     @property
     def is_due(self) -> bool:
@@ -88,25 +68,14 @@ class StateFile:
         return time.monotonic() - self._written >= SECONDS
 
     def write(self, progress: Progress) -> None:
-        """Replace the file; it is whole on the disk before the old one goes."""
-        described = {"identity": self._identity, "batches": progress.batches, "tokens": progress.tokens}
-        arrays: dict[str, np.ndarray] = {
-            f"{'' if layer is None else layer}.{name}": np.ascontiguousarray(array)
+        """Replace the file."""
+        arrays: dict[str, Any] = {
+            f"{'' if layer is None else layer}.{name}": array
             for layer, tally in progress.tallies.items()
             for name, array in tally._asdict().items()
         }
-        with atomic.new_durable_file(self._file) as temporary:
-            save_file(arrays, temporary, {_KEY: json.dumps(described)})
+        write_state(self._file, arrays, self._identity, {"batches": progress.batches, "tokens": progress.tokens})
         self._written = time.monotonic()
-
-    def _check_same(self, before: Mapping[str, str]) -> None:
-        names = [name for name in {**before, **self._identity} if before.get(name) != self._identity.get(name)]
-        if names:
-            changes = [f"{name} is {self._identity.get(name)}, and was {before.get(name)}" for name in names]
-            raise CheckpointError(
-                f"{self._file} has the state of another search: {'; '.join(changes)}. Give the same arguments to "
-                "continue it, or another file"
-            )
 
 
 def identity_of(
@@ -130,7 +99,8 @@ def digest_of_indices(chosen: Mapping[int | None, np.ndarray]) -> str:
 
 def joined(tallies: list[Tally]) -> Tally:
     """The tally of all chunks."""
-    return Tally(*(np.concatenate(parts, _axis(parts[0])) for parts in zip(*tallies, strict=True)))  # type: ignore
+    arrays: list[Any] = [np.concatenate(parts, _axis(parts[0])) for parts in zip(*tallies, strict=True)]
+    return Tally(*arrays)
 
 
 def split(tally: Tally, sizes: list[int]) -> list[Tally]:

@@ -237,6 +237,6 @@ def _by_layer(
     sae: Dictionary, layers: Iterable[int | None], features: Sequence[Feature] | np.ndarray
 ) -> dict[int | None, np.ndarray]:
     """The indices of features, in order, by the layer that they read, for these layers and those of the features."""
-    pairs = [reader_of(sae, tuple(np.ravel(each).tolist()) if np.ndim(each) else each) for each in features]
+    pairs = [reader_of(sae, each) for each in features]
     known = dict.fromkeys([*layers, *(own for own, _ in pairs)])
     return {layer: np.unique([int(index) for own, index in pairs if own == layer]).astype(int) for layer in known}

@@ -95,9 +95,9 @@ def train(
         A `SparseAutoencoder`, `Transcoder` or `CrossLayerTranscoder` in float32, which `save` writes.
 
     Raises:
-        ValueError: an argument is wrong; activations do not fill a batch; the loss is not finite; or the checkpoint has
-            a run with other settings, or on other activations, which the message names.
-        CheckpointError: the checkpoint is damaged.
+        ValueError: an argument is wrong; activations do not fill a batch; or the loss is not finite.
+        CheckpointError: the checkpoint is damaged, or has a run with other settings or on other activations, which the
+            message names.
         UnknownSite: no site has the name.
 
     >>> import numpy as np

@@ -89,22 +89,24 @@ def test_another_run_is_refused(tmp_path):
     file, batches = tmp_path / "run", two_passes()
     run(batches, file)
     others = {
-        "k: 2 there, and 3 here": {"k": 3},
-        "kind: 'batchtopk' there, and 'topk' here": {"kind": "topk"},
-        "steps: 20 there, and 15 here": {"steps": 15},
-        "seed": {"seed": 1},
-        "learning_rate": {"learning_rate": 1e-3},
-        "site_in": {"site_in": "blocks.1.hook_out"},
-        "batch": {"batch": 32},
-        "prefixes": {"prefixes": [4]},
+        "k is 3, and was 2": {"k": 3},
+        "kind is topk, and was batchtopk": {"kind": "topk"},
+        "steps is 15, and was 20": {"steps": 15},
+        "seed is": {"seed": 1},
+        "learning_rate is": {"learning_rate": 1e-3},
+        "site_in is": {"site_in": "blocks.1.hook_out"},
+        "batch is": {"batch": 32},
+        "prefixes is": {"prefixes": [4]},
     }
+    before = file.read_bytes()
     for message, more in others.items():
-        with pytest.raises(ValueError, match=f"other {message}"):
+        with pytest.raises(CheckpointError, match=f"another training run: .*{message}"):
             run(batches, file, **more)
-    with pytest.raises(ValueError, match="other activations; give the same"):
+    with pytest.raises(CheckpointError, match=r"another training run: activations is .*Give the same arguments"):
         run(batches[::-1], file)
+    assert file.read_bytes() == before
     file.write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match="corrupt"):
+    with pytest.raises(CheckpointError, match="not the state of a training run, or is damaged"):
         run(batches, file)
 
 
