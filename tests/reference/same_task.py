@@ -10,11 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import nnsight
 import numpy as np
 import torch
-from transformer_lens import patching
-from transformer_lens.model_bridge import TransformerBridge
 
 from gemma3_jax import HookedGemma3, edits
 from gemma3_jax import patching as our_patching
@@ -49,6 +46,9 @@ def numbers_of(logits, ablated, patched, gradient, answer: int) -> dict[str, np.
 
 
 def of_transformer_lens(checkpoint: str, answer: int) -> dict[str, np.ndarray]:
+    from transformer_lens import patching
+    from transformer_lens.model_bridge import TransformerBridge
+
     model = TransformerBridge.boot_transformers(checkpoint, dtype=torch.float32)
     names = {"model": model, "clean": CLEAN, "patching": patching, "metric": lambda logits: logits[0, -1, answer]}
     names["corrupted_tokens"] = model.to_tokens(CORRUPTED)
@@ -63,6 +63,8 @@ def of_transformer_lens(checkpoint: str, answer: int) -> dict[str, np.ndarray]:
 
 
 def of_nnsight(checkpoint: str, answer: int) -> dict[str, np.ndarray]:
+    import nnsight
+
     model = nnsight.LanguageModel(checkpoint, device_map="cpu", dtype=torch.float32, dispatch=True)
     names = {"model": model, "clean": CLEAN, "corrupted": CORRUPTED, "nnsight": nnsight}
     names |= {"metric": lambda logits: logits[0, -1, answer], "head_dim": model.config.head_dim}
