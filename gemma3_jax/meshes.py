@@ -144,6 +144,27 @@ def undivided(axes: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> dic
     return {letter: size for letter, size in sizes if size % mesh.shape.get(MESH_AXES.get(letter, ""), 1)}
 
 
+def tree_shardings(tree: PyTree, mesh: Mesh) -> PyTree:
+    """How the arrays of a pytree are cut over a mesh: a `NamedSharding` for each.
+
+    The class of a node may have `array_axes`, the axis letters of its arrays by attribute, as `spec` takes them. An
+    attribute may also be a pytree of arrays. Arrays with another number of axes, and all other arrays, are whole on
+    each device.
+    """
+
+    def of_node(node: PyTree) -> PyTree:
+        letters = getattr(type(node), "array_axes", {})
+
+        def sharding(path: Sequence[object], leaf: object) -> NamedSharding:
+            axes = letters.get(getattr(path[0], "name", ""), "") if path else ""
+            shape = getattr(leaf, "shape", ())
+            return NamedSharding(mesh, spec(axes, shape, mesh) if len(axes.split()) == len(shape) else PartitionSpec())
+
+        return jax.tree_util.tree_map_with_path(sharding, node)
+
+    return jax.tree.map(of_node, tree, is_leaf=lambda node: hasattr(type(node), "array_axes"))
+
+
 def part(letter: str, size: int, mesh: Mesh | AbstractMesh | None) -> int:
     """The length of an axis on each device of a mesh; None stands for one device.
 

@@ -21,6 +21,9 @@ def fits(
     batch: Annotated[int, typer.Option(help="Rows.")] = 1,
     length: Annotated[int, typer.Option(help="Tokens of each row, or of each prompt.")] = 1024,
     capture: Annotated[list[str] | None, typer.Option(help="A site to capture, or a glob; repeat it for more.")] = None,
+    captures_only: Annotated[
+        bool, typer.Option("--captures-only", help="End the run after the last captured site, as a harvest does.")
+    ] = False,
     generate: Annotated[int | None, typer.Option(help="Number of new tokens.")] = None,
     gradients: Annotated[str | None, typer.Option(help="sites (those captured) or params.")] = None,
     remat: Annotated[bool, typer.Option("--remat", help="Compute each block again for the gradients.")] = False,
@@ -44,6 +47,7 @@ def fits(
             batch=batch,
             length=length,
             capture=capture or (),
+            return_type=None if captures_only else "logits",
             generate=generate,
             gradients=cast(Any, gradients),
             remat=remat,
@@ -62,6 +66,8 @@ def _table(report: "Fit") -> Table:
     shown = Table("on each device", "GiB", title=f"{report.machine}: {_mesh(report)}")
     shown.add_row("limit", f"{report.limit / GIB:.2f}")
     shown.add_row("weights", f"{report.weights / GIB:.2f}")
+    if report.added:
+        shown.add_row("arrays of reductions and edits", f"{report.added / GIB:.2f}")
     for program in report.programs:
         peak = "unknown" if program.peak is None else f"{program.peak / GIB:.2f}"
         shown.add_row(f"peak of {program.name}", peak + (", refused by the compiler" if program.refused else ""))

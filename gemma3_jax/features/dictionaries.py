@@ -8,7 +8,7 @@ Axes: d features of the site, f features of the dictionary, k largest ones, h he
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import flax.struct
@@ -39,6 +39,15 @@ class _Dictionary(Described):
     site_in: str = flax.struct.field(pytree_node=False)
     normalization: Normalization | None = None
     subtracts_b_dec: bool = flax.struct.field(pytree_node=False, default=False)
+    # An activation has arrays [f] and [].
+    array_axes: ClassVar[Mapping[str, str]] = {
+        "W_enc": "d f",
+        "b_enc": "f",
+        "W_dec": "f d",
+        "b_dec": "d",
+        "skip": "d d",
+        "activation": "f",
+    }
     check: ClassVar[Callable[..., Any]]  # set where all files of this room are known, in its __init__
 
     @property

@@ -24,7 +24,7 @@ from jax.typing import ArrayLike
 from gemma3_jax.compute.matmul import matmul
 from gemma3_jax.descriptions import Described, Description
 from gemma3_jax.features.activations import Activation
-from gemma3_jax.features.dictionaries import check_k, on_mesh_of
+from gemma3_jax.features.dictionaries import Transcoder, check_k, on_mesh_of
 from gemma3_jax.features.largest import largest
 from gemma3_jax.inputs import as_array
 from gemma3_jax.reading import release
@@ -46,6 +46,7 @@ class _Layered(Described):
     b_dec: tuple[jax.Array, ...]
     activation: tuple[Activation, ...]
     site_in: tuple[str, ...] = flax.struct.field(pytree_node=False)
+    array_axes: ClassVar[Mapping[str, str]] = {**Transcoder.array_axes, "W_dec": "f m d"}  # those of each layer
     check: ClassVar[Callable[..., Any]]  # set where all files of this room are known, in its __init__
 
     @property

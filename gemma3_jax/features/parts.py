@@ -5,7 +5,8 @@ Axes: d features of a site, f features of the dictionary, n chosen ones, l and m
 """
 
 import dataclasses
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import flax.struct
 import jax
@@ -43,6 +44,7 @@ class LayerPart:
     site_in: str = flax.struct.field(pytree_node=False)
     column: int = flax.struct.field(pytree_node=False)
     normalization: None = None
+    array_axes: ClassVar[Mapping[str, str]] = CrossLayerTranscoder.array_axes
 
     @property
     def decoder(self) -> jax.Array:

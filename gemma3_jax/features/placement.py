@@ -14,15 +14,11 @@ from jax.sharding import Mesh, NamedSharding
 from gemma3_jax.conversion.finite import all_finite
 from gemma3_jax.features.dictionaries import SparseAutoencoder, Transcoder
 from gemma3_jax.features.layered import Crosscoder, CrossLayerTranscoder
-from gemma3_jax.meshes import as_auto, spec
+from gemma3_jax.meshes import as_auto, tree_shardings
 from gemma3_jax.reading import CheckpointError, release
 
 Dictionary = SparseAutoencoder | Transcoder | CrossLayerTranscoder | Crosscoder
 _AnyDictionary = TypeVar("_AnyDictionary", bound=Dictionary)
-
-# Axis letters of the attributes; those of layered dictionaries have them for each layer.
-_AXES = {"W_enc": "d f", "b_enc": "f", "W_dec": "f d", "b_dec": "d", "skip": "d d"}
-_LAYERED_DECODER = "f m d"
 
 
 def shardings(dictionary: _AnyDictionary, mesh: Mesh) -> _AnyDictionary:
@@ -40,19 +36,8 @@ def shardings(dictionary: _AnyDictionary, mesh: Mesh) -> _AnyDictionary:
     (None, 'model')
     >>> sae = jax.device_put(sae, features.shardings(sae, mesh))
     """
-    mesh = as_auto(mesh)
-
-    def sharding(path: tuple[object, ...], leaf: jax.Array | np.ndarray) -> NamedSharding:
-        letters = _letters(getattr(path[0], "name", ""), leaf.ndim)
-        return NamedSharding(mesh, spec(letters, leaf.shape, mesh))
-
-    return jax.tree_util.tree_map_with_path(sharding, dictionary)
-
-
-def _letters(attribute: str, axes: int) -> str:
-    """The axis letters of an attribute, of which an activation has arrays [f] and []."""
-    letters = _AXES.get(attribute, "f" if axes else "")
-    return _LAYERED_DECODER if attribute == "W_dec" and axes == 3 else letters
+    placed: _AnyDictionary = tree_shardings(dictionary, as_auto(mesh))
+    return placed
 
 
 def place(dictionary: _AnyDictionary, mesh: Mesh | None, where: Path) -> _AnyDictionary:

@@ -102,6 +102,7 @@ def harvest(
         UnknownSite, TypeError, ValueError: `sites` is wrong, as for every capture.
         StoreError: the store has the activations of another run (the message names the difference); a unit is damaged;
             the disk is too small, full or lost (what is finished is kept); or the corpus is not one.
+        MemoryError: a unit needs more memory than the device has (what is finished is kept).
 
     >>> import tempfile
     >>> from gemma3_jax import TINY, HookedGemma3
@@ -120,7 +121,7 @@ def harvest(
     if not (isinstance(sites, str | Mapping) or callable(sites)):
         sites = tuple(sites)  # an iterator can be read only once
     layout = Layout(rows, length, seed, pack, drop_bos, sample, keep)
-    with _in_words(place):
+    with _in_words(place, layout):
         texts = as_corpus(corpus, bos_of(model))
         plan, arrays = _prepared(model, texts, sites, layout, place, progress)
         job = _Job(model, texts, sites, layout, place, plan, arrays)
@@ -291,8 +292,8 @@ def _bar(progress: bool | None, **options: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _in_words(out: Place) -> Iterator[None]:
-    """An error of the file system as one that says what is kept, and what to do."""
+def _in_words(out: Place, layout: Layout) -> Iterator[None]:
+    """An error of the file system, or a lack of memory, as one that says what is kept, and what to do."""
     try:
         yield
     except OSError as error:
@@ -302,4 +303,12 @@ def _in_words(out: Place) -> Iterator[None]:
         raise StoreError(
             f"{error.filename or out}: {why}. The finished units are kept: run again when {out} can be written, and "
             "the others are done"
+        ) from error
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(
+            f"out of memory ({error}): a unit of {layout.rows} rows of {layout.length:,} tokens runs at once. Take "
+            "fewer rows, fewer sites, or reductions; gemma3_jax.placing.fits says beforehand what a unit needs. The "
+            "finished units are kept."
         ) from error

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from gemma3_jax.meshes import DATA, make_mesh
 from gemma3_jax.placing.machines import Machine
-from gemma3_jax.placing.programs import Program, Work, abstract_params, bytes_per_device, compiled_programs
+from gemma3_jax.placing.programs import Program, Work, abstract_params, added_bytes, bytes_per_device, compiled_programs
 
 _MOST_TRIES = 6  # compilations in the search for the largest batch
 _CLOSE = 16  # the search ends when the largest batch is known to one part in this many
@@ -41,6 +41,7 @@ def answer(job: Job) -> dict[str, Any]:
     machine, work = job.machine, job.work
     mesh = _mesh(machine, job.model)
     weights = bytes_per_device(abstract_params(work.config, work.dtype, mesh, work.scan_layers))
+    added = added_bytes(work, mesh)
     programs = compiled_programs(work, mesh, job.batch)
     largest = None
     if job.search:
@@ -49,8 +50,13 @@ def answer(job: Job) -> dict[str, Any]:
             compiled = programs if batch == job.batch else compiled_programs(work, mesh, batch)
             return is_within(compiled, machine.limit), peak_of(compiled)
 
-        largest = largest_batch(needed, job.batch, mesh.shape[DATA], weights, machine.limit)
-    return {"weights": weights, "programs": [dataclasses.asdict(each) for each in programs], "largest_batch": largest}
+        largest = largest_batch(needed, job.batch, mesh.shape[DATA], weights + added, machine.limit)
+    return {
+        "weights": weights,
+        "added": added,
+        "programs": [dataclasses.asdict(each) for each in programs],
+        "largest_batch": largest,
+    }
 
 
 def peak_of(programs: list[Program]) -> int | None:
@@ -112,9 +118,21 @@ def _mesh(machine: Machine, model: int) -> Mesh:
     return make_mesh(model, topology.devices)
 
 
+def not_sent(error: Exception) -> str:
+    """The message for a job that cannot be pickled, or not read again."""
+    return (
+        f"a reduction or an edit cannot be sent to the process that compiles: {error}. Define your functions at the "
+        "top level of a module, not in a notebook or in another function"
+    )
+
+
 def main() -> None:
     """Answer the job of the standard input. An error that has a remedy is an answer, too."""
-    job: Job = pickle.load(sys.stdin.buffer)
+    try:
+        job: Job = pickle.load(sys.stdin.buffer)
+    except (AttributeError, ImportError) as error:
+        print(json.dumps({"error": not_sent(error)}))
+        return
     try:
         result = answer(job)
     except ValueError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax.tree_util import DictKey
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.generation.decode import go_on, read
 from gemma3_jax.generation.loop import prepare
-from gemma3_jax.meshes import DATA, spec
+from gemma3_jax.meshes import DATA, spec, tree_shardings
 from gemma3_jax.model.layout import BLOCKS, stack_layers
 from gemma3_jax.model.transformer import Gemma3
 from gemma3_jax.placing.parameters import param_shardings
@@ -27,7 +27,7 @@ from gemma3_jax.run.compiled import lowered
 from gemma3_jax.run.forward import run
 from gemma3_jax.run.gradients import differentiable, gradients
 from gemma3_jax.run.request import Request, new_request
-from gemma3_jax.run.selection import ReturnType
+from gemma3_jax.run.selection import Edits, ReducedCapture, ReturnType
 from gemma3_jax.run.sharing import unshared
 from gemma3_jax.types import Params, PyTree
 
@@ -50,7 +50,9 @@ class Work:
         dtype: dtype of the parameters.
         scan_layers: whether the parameters are stacked.
         length: tokens of each row.
-        capture: canonical names of the captured sites.
+        capture: sites to capture, perhaps with reductions, whose large arrays are shapes.
+        edits: what acts at some sites, likewise.
+        return_type: the result of the run besides the captures.
         generate: number of new tokens, or None.
         gradients: what gradients are taken of: the captured sites, the parameters, or None.
         remat: whether the gradients compute each block again.
@@ -60,7 +62,9 @@ class Work:
     dtype: str
     scan_layers: bool
     length: int
-    capture: tuple[str, ...]
+    capture: ReducedCapture
+    edits: Edits
+    return_type: ReturnType
     generate: int | None
     gradients: Wrt
     remat: bool
@@ -104,9 +108,14 @@ def abstract_params(config: Gemma3Config, dtype: str, mesh: Mesh, stacked: bool)
 
 
 def bytes_per_device(arrays: PyTree) -> int:
-    """Bytes of abstract arrays on one device."""
-    leaves = jax.tree.leaves(arrays)
+    """Bytes of abstract arrays on one device; those of an array that occurs twice count once."""
+    leaves = {id(leaf): leaf for leaf in jax.tree.leaves(arrays) if isinstance(leaf, jax.ShapeDtypeStruct)}.values()
     return sum(leaf.dtype.itemsize * int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in leaves)
+
+
+def added_bytes(work: Work, mesh: Mesh) -> int:
+    """Bytes on each device of the large arrays of reductions and edits."""
+    return bytes_per_device(_placed((work.capture, work.edits), mesh))
 
 
 def compiled_programs(work: Work, mesh: Mesh, batch: int) -> list[Program]:
@@ -119,14 +128,14 @@ def compiled_programs(work: Work, mesh: Mesh, batch: int) -> list[Program]:
 
 def _one_run(work: Work, mesh: Mesh, shape: tuple[int, int]) -> list[Program]:
     """The program of `run_with_cache`, or of the gradients of the mean next-token loss."""
-    config = work.config
+    config, (capture, edits) = work.config, _placed((work.capture, work.edits), mesh)
     params = abstract_params(config, work.dtype, mesh, work.scan_layers)
-    names = () if work.gradients == "sites" else work.capture
-    request: PyTree = new_request(config, np.zeros(shape, np.int32), names, return_type=_result(work), remat=work.remat)
+    tokens, captured = np.zeros(shape, np.int32), () if work.gradients == "sites" else capture
+    request: PyTree = new_request(config, tokens, captured, edits, return_type=work.return_type, remat=work.remat)
     request = request.replace(source=_rows(shape, mesh))
     with jax.set_mesh(mesh):
         if work.gradients == "sites":
-            sites = differentiable(config, work.capture)
+            sites = differentiable(config, capture)
             program = lowered(gradients, params, request, None, named=sites)
         else:
             program = lowered(run if work.gradients is None else _gradients_of_params, params, request)
@@ -134,13 +143,16 @@ def _one_run(work: Work, mesh: Mesh, shape: tuple[int, int]) -> list[Program]:
     return [compiled]
 
 
-def _result(work: Work) -> ReturnType:
-    """What the run returns besides the captures."""
-    if work.gradients is not None:
-        return "loss"
-    if work.config.embedding_head is not None:
-        return "embedding"
-    return "logits" if work.config.has_logits else None
+def _placed(tree: PyTree, mesh: Mesh) -> PyTree:
+    """A pytree whose abstract arrays are on the mesh: those of a dictionary of features are cut over it."""
+    by_id: dict[int, jax.ShapeDtypeStruct] = {}
+
+    def placed(leaf: Any, sharding: NamedSharding) -> Any:
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        return by_id.setdefault(id(leaf), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding))
+
+    return jax.tree.map(placed, tree, tree_shardings(tree, mesh))
 
 
 def _gradients_of_params(params: Params, request: Request) -> PyTree:
@@ -154,7 +166,9 @@ def _generation(work: Work, mesh: Mesh, shape: tuple[int, int], new: int) -> lis
     # Stacked parameters are unstacked, and kept beside the copy that the programs take.
     blocks = {name: value for name, value in params.items() if name.startswith(BLOCKS)}
     held = bytes_per_device(blocks) if work.scan_layers else 0
-    given = prepare(work.config, np.dtype(work.dtype), np.zeros(shape, np.int32), new, capture=work.capture)
+    capture, edits = _placed((work.capture, work.edits), mesh)
+    prompts = np.zeros(shape, np.int32)
+    given = prepare(work.config, np.dtype(work.dtype), prompts, new, capture=capture, edits=edits)
     tokens, start = _rows(given.tokens.shape, mesh), _rows(given.start.shape, mesh)
     # Outside of `set_mesh`: its devices cannot hold an array.
     steps = jnp.int32(new - 1)

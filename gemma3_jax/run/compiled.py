@@ -68,7 +68,8 @@ def lowered(
     The result of the program is a `Shared` pytree, on a mesh as `function` leaves it. Arguments as in `run_compiled`;
     a leaf may be a `jax.ShapeDtypeStruct`, with a sharding.
     """
-    program, packed, donated = _bound(function, arguments, donate, False, static)
+    # The caller holds arguments that the program does not read as well: the compiler counts them in its peak.
+    program, packed, donated = _bound(function, arguments, donate, False, static, keep_unused=True)
     return program.lower(params, packed, donated)
 
 
@@ -78,13 +79,14 @@ def _bound(
     donate: int | None,
     replicate: bool,
     static: Mapping[str, Hashable],
+    keep_unused: bool = False,
 ) -> tuple[jax.stages.Wrapped, Shared, PyTree]:
     """The jitted program, and its arguments after the parameters."""
     packed = _with_own_memory(shared([argument for i, argument in enumerate(arguments) if i != donate]))
     donated = None if donate is None else arguments[donate]
     leaves, structure = jax.tree.flatten((packed, donated))
     types, constants = tuple(map(jax.typeof, leaves)), tuple(sorted(static.items()))
-    return _program(function, structure, types, donate, replicate, constants), packed, donated
+    return _program(function, structure, types, donate, replicate, constants, keep_unused), packed, donated
 
 
 def _with_own_memory(packed: Shared) -> Shared:
@@ -101,6 +103,7 @@ def _program(
     donate: int | None,
     replicate: bool,
     static: tuple[tuple[str, Hashable], ...],
+    keep_unused: bool,
 ) -> jax.stages.Wrapped:
     keep_programs()
 
@@ -112,4 +115,4 @@ def _program(
         return shared(jax.tree.map(replicated, result) if replicate else result)
 
     program.__name__ = function.__name__  # the name in profiles
-    return jax.jit(program, donate_argnums=() if donate is None else 2)
+    return jax.jit(program, donate_argnums=() if donate is None else 2, keep_unused=keep_unused)

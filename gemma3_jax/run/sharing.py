@@ -49,4 +49,4 @@ def _identity(place: int, leaf: object) -> Hashable:
     if isinstance(leaf, np.ndarray) and leaf.ndim:
         return leaf.__array_interface__["data"], leaf.shape, leaf.strides, leaf.dtype
     # Small Python numbers are the same object, even if they are unrelated.
-    return id(leaf) if isinstance(leaf, jax.Array) else (place,)
+    return id(leaf) if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else (place,)

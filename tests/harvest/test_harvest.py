@@ -6,6 +6,7 @@ Axes: n tokens.
 import shutil
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -282,6 +283,16 @@ def test_a_small_disk(model, tmp_path, monkeypatch, caplog):
     monkeypatch.undo()
     harvest(model, TEXTS, "blocks.1.hook_out", tmp_path / "out", **SHAPE)  # control
     verify(tmp_path / "out")
+
+
+def test_too_little_memory(model, tmp_path):
+    """What a device cannot hold is an error that says what to take less of; an error of another kind is not touched."""
+
+    def huge(value, hook):
+        return value + jnp.sort(value.sum() * jax.lax.broadcasted_iota(jnp.float32, (2**20, 2**20), 1))[0, 0]
+
+    with pytest.raises(MemoryError, match=r"a unit of 2 rows of 32 tokens runs at once.*fewer rows.*placing.fits"):
+        harvest(model, TEXTS, {"blocks.1.hook_out": huge}, tmp_path / "out", **SHAPE)
 
 
 def test_a_lost_folder(model, tmp_path):

@@ -5,10 +5,13 @@ skipped. Times are not checked.
 """
 
 import dataclasses
+import functools
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from gemma3_jax import Gemma3Config
+from gemma3_jax import Gemma3Config, features
 from gemma3_jax.config import PRESETS
 from gemma3_jax.placing import fits
 from gemma3_jax.placing.fitting import check_compiler
@@ -105,6 +108,49 @@ def test_27b_with_all_residual_streams():
     report = check_captures("27b", "v5e-8", 1024)
     assert report.peak <= 8.5 * GIB
     assert report.collectives == {"all-reduce bf16[8,1024,5376]": 3}
+
+
+def transcoder(layer, width):
+    """Of 4b, as Gemma Scope has them, in bfloat16."""
+    d = PRESETS["4b"].hidden_size
+    return features.Transcoder(
+        W_enc=jnp.zeros((d, width), jnp.bfloat16),
+        b_enc=jnp.zeros(width),
+        W_dec=jnp.zeros((width, d), jnp.bfloat16),
+        b_dec=jnp.zeros(d),
+        activation=features.JumpRelu(jnp.zeros(width)),
+        site_in=f"blocks.{layer}.ln2.hook_out",
+        site_out=f"blocks.{layer}.ln2_post.hook_out",
+    )
+
+
+def abstract_transcoders(layers, width):
+    """Shapes alone: the real ones take 91 GB."""
+    return [jax.eval_shape(functools.partial(transcoder, layer, width)) for layer in range(layers)]
+
+
+@pytest.mark.tpu_compiler
+def test_wide_transcoders_on_every_layer_of_4b():
+    """262,144 features replace the output of each MLP: an eighth of each dictionary on each chip, one sum for each."""
+    spliced = [features.splice(each, error=False) for each in abstract_transcoders(34, 262_144)]
+    report = fits("4b", "v5e-8", model=8, batch=8, length=1024, edits=spliced, largest_batch=False)
+    assert report.fits
+    assert report.added == pytest.approx(10.63 * GIB, rel=0.001)
+    assert report.weights + report.added < report.peak <= 13.4 * GIB
+    assert report.collectives == {"all-reduce bf16[8,1024,2560]": 3, "all-reduce f32[8,1024,2560]": 34}
+
+
+@pytest.mark.tpu_compiler
+def test_features_as_a_reduction():
+    """Decoders, which no program reads, count too: they are in the device's memory. Four chips hold a quarter each."""
+    config = dataclasses.replace(PRESETS["4b"], num_hidden_layers=1, layer_types=())
+    (one,) = abstract_transcoders(1, 65_536)
+    encoded = {one.site_in: features.Encode(one, k=64)}
+    shape = {"model": 4, "length": 16, "return_type": None, "largest_batch": False}
+    report = fits(config, "v5e-4", capture=encoded, **shape)
+    assert report.added == pytest.approx(2 * 2560 * 65_536 * 2 / 4, rel=0.01)
+    assert report.peak > report.weights + report.added
+    assert fits(config, "v5e-4", capture=one.site_in, **shape).added == 0  # control
 
 
 @pytest.mark.tpu_compiler

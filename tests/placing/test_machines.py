@@ -2,15 +2,21 @@
 
 import dataclasses
 import importlib.util
+import re
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from gemma3_jax import TINY, UnknownSite
+from gemma3_jax.edits import Scale
 from gemma3_jax.placing import fits
 from gemma3_jax.placing.compiling import largest_batch
-from gemma3_jax.placing.fitting import Fit
+from gemma3_jax.placing.fitting import Fit, as_shapes
 from gemma3_jax.placing.machines import GIB, machine, slice_names
-from gemma3_jax.placing.programs import Program, collectives, needed_bytes
+from gemma3_jax.placing.programs import Program, bytes_per_device, collectives, needed_bytes
+from gemma3_jax.reductions import At
 
 
 @pytest.mark.parametrize(
@@ -125,6 +131,13 @@ def test_no_batch_fits_if_the_weights_do_not():
         ({"on": "v5e-8", "gradients": "both"}, "gradients is 'both'"),
         ({"on": "v5e-8", "gradients": "params", "generate": 4}, "None with generate"),
         ({"on": "v5e-8", "gradients": "sites"}, "name them in capture"),
+        ({"on": "v5e-8", "return_type": None}, "name them in capture"),
+        ({"on": "v5e-8", "return_type": None, "generate": 4}, "leave it out with generate"),
+        ({"on": "v5e-8", "return_type": "loss", "gradients": "params"}, "leave it out with generate and gradients"),
+        ({"on": "v5e-8", "generate": 4, "capture": {"blocks.*.hook_out": At(0)}}, "whole values are needed"),
+        ({"on": "v5e-8", "length": 4, "capture": {"blocks.*.hook_out": At(9)}}, "positions has 9"),
+        ({"on": "v5e-8", "capture": {"blocks.*.hook_out": lambda x, hook: x}}, "at the top level of a module"),
+        ({"on": "v5e-8", "edits": ("blocks.3.hook_out", lambda x, hook: x)}, "at the top level of a module"),
     ],
     ids=str,
 )
@@ -138,6 +151,21 @@ def test_wrong_sites():
     """Names are resolved before a process starts."""
     with pytest.raises(UnknownSite):
         fits("1b", on="v5e-8", capture="blocks.*.hook_resid_pots")
+    with pytest.raises(UnknownSite):
+        fits("1b", on="v5e-8", edits={"blocks.*.hook_resid_pots": Scale(2.0)})
+
+
+def test_arrays_of_reductions_and_edits():
+    """A large array is sent as a shape, once for each array; abstract arrays count each time that they occur."""
+    W, abstract = jnp.ones((1024, 1024)), jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+    found = as_shapes({"a": [W, W], "b": (abstract, abstract), "c": np.arange(3), "name": "blocks.0.hook_out"})
+    assert {type(leaf) for leaf in jax.tree.leaves((found["a"], found["b"]))} == {jax.ShapeDtypeStruct}
+    assert found["a"][0] is found["a"][1]
+    assert found["b"][0] is not found["b"][1]
+    assert (found["c"].tolist(), found["name"]) == ([0, 1, 2], "blocks.0.hook_out")
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    placed = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one) for leaf in found["b"]]
+    assert bytes_per_device((placed, placed, "blocks.0.hook_out")) == 2 * W.nbytes
 
 
 @pytest.mark.parametrize(("on", "extra"), [("v5e-8", "tpu"), ("h100", "gpu-compiler")])
@@ -161,7 +189,7 @@ def program():
 def test_what_fits(limit, refused, expected, program):
     """A GPU's compiler refuses nothing: the peak decides; a refused program never fits."""
     programs = (program, dataclasses.replace(program, name="decode", peak=50, refused=refused))
-    report = Fit("h100", {"data": 1, "model": 1}, 1, 10, limit, programs, None)
+    report = Fit("h100", {"data": 1, "model": 1}, 1, 10, 0, limit, programs, None)
     assert (report.fits, report.peak) == (expected, 100)
     assert report.collectives == {"all-reduce f32[2]": 4}
 
@@ -179,10 +207,11 @@ def test_the_command_prints_a_report(command, monkeypatch, program):
     from gemma3_jax import placing
 
     for limit, code, words in ((2**30, 0, "8 rows: fits. The largest batch that fits: 36."), (99, 1, "does NOT fit")):
-        report = Fit("h100x2", {"data": 1, "model": 2}, 8, 2**29, limit, (program,), 36)
+        report = Fit("h100x2", {"data": 1, "model": 2}, 8, 2**29, 2**28, limit, (program,), 36)
         monkeypatch.setattr(placing, "fits", lambda *_, report=report, **__: report)
         done = command("fits", "1b", "--on", "h100x2", "--model", "2", "--batch", "8")
         assert done.returncode == code
         assert words in done.stdout
         assert "all-reduce f32[2]" in done.stdout
         assert "0.50" in done.stdout
+        assert re.search(r"reductions and edits\W+0\.25", done.stdout)

@@ -59,7 +59,7 @@ ROOMS = {
     ),
     "placing": (
         "how parameters are cut over a mesh; whether a run fits a machine",
-        "config types meshes sites model conversion run generation",
+        "config types positions meshes inputs sites model conversion run generation",
     ),
     "hooked": (
         "`HookedGemma3`, the interactive interface",
