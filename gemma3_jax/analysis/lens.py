@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 import flax.struct
@@ -27,10 +26,11 @@ from gemma3_jax.inputs import token_ids
 from gemma3_jax.renamed import renamed
 from gemma3_jax.run.compiled import run_compiled
 from gemma3_jax.run.forward import forward, run
+from gemma3_jax.run.pieces import in_pieces
 from gemma3_jax.run.request import Request
 from gemma3_jax.run.selection import Capture, captured_names
 from gemma3_jax.sites.table import site
-from gemma3_jax.types import IntegersLike, Params, PyTree
+from gemma3_jax.types import IntegersLike, Params
 
 
 @flax.struct.dataclass
@@ -242,25 +242,8 @@ def read_rows(
         rank = jnp.where(known, jnp.sum(logits > target, axis=-1, dtype=jnp.int32), -1)
         return ids, best, best - normalizer[:, None], target[:, 0] - normalizer, rank
 
-    arrays: LensArrays = in_chunks(read, (rows, targets), chunk_size)
+    arrays: LensArrays = in_pieces(read, (rows, targets), chunk_size)
     return arrays
-
-
-def in_chunks(function: Callable[[PyTree], PyTree], arrays: PyTree, chunk_size: int) -> PyTree:
-    """The results of `function` for arrays [r, ...], `chunk_size` rows at a time; the last chunk is padded with zeros.
-
-    `function` takes a chunk [c, ...]. Under `vmap` it would take one row, and the products of the head would be slow.
-    """
-    count = jax.tree.leaves(arrays)[0].shape[0]
-    c = min(chunk_size, count)
-
-    def chunked(x: jax.Array) -> jax.Array:
-        # [r, ...] -> [chunks, c, ...]
-        return jnp.pad(x, [(0, -count % c)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, c, *x.shape[1:])
-
-    # [chunks, c, ...] -> [r, ...]
-    results = jax.lax.map(function, jax.tree.map(chunked, arrays))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], results)
 
 
 def _lens(params: Params, request: Request, targets: jax.Array | None, *, k: int, chunk_size: int) -> LensArrays:

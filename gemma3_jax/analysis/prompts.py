@@ -13,12 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gemma3_jax.analysis.lens import LensArrays, in_chunks, read_rows, readout
+from gemma3_jax.analysis.lens import LensArrays, read_rows
 from gemma3_jax.descriptions import Described, Description
 from gemma3_jax.hooked.buckets import longest
 from gemma3_jax.hooked.cropping import shortened
@@ -29,6 +28,7 @@ from gemma3_jax.positions import packed_documents
 from gemma3_jax.run.compiled import run_compiled
 from gemma3_jax.run.forward import run
 from gemma3_jax.run.loss import counted_labels
+from gemma3_jax.run.pieces import token_losses
 from gemma3_jax.run.request import Request
 from gemma3_jax.types import IntegersLike, Params
 
@@ -198,22 +198,10 @@ def _read_answer(params: Params, request: Request, *, length: int, k: int) -> Le
 
 
 def _losses(params: Params, request: Request, *, chunk_size: int) -> jax.Array:
-    config, mask = request.config, request.attention_mask
-    blocks = dataclasses.replace(request, return_type="logits", stop_at_layer=config.num_hidden_layers)
-    residual, _ = run(params, blocks)
-    labels = request.source if request.labels is None else request.labels
-    counted, known, targets = counted_labels(labels, config.vocab_size)
-
-    @jax.checkpoint  # without it, the gradient would store the logits of every position
-    def at_positions(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
-        rows, targets = chunk
-        # [c, b, d] -> [c, b, V] -> [c, b]
-        losses = optax.softmax_cross_entropy_with_integer_labels(readout(config, params, rows), targets)
-        return jnp.where(jnp.isnan(losses), jnp.inf, losses)
-
-    # [b, p - 1, d], [b, p - 1] -> [p - 1, b]
-    by_position = jnp.swapaxes(residual[:, :-1], 0, 1), targets.T
-    losses = in_chunks(at_positions, by_position, chunk_size).T
+    losses, _ = token_losses(run, params, request, chunk_size)
+    losses = jnp.where(jnp.isnan(losses), jnp.inf, losses)
+    labels, mask = request.source if request.labels is None else request.labels, request.attention_mask
+    counted, known, _ = counted_labels(labels, request.config.vocab_size)
     losses = jnp.where(counted & known, losses, jnp.nan)
     documents = packed_documents(request.segment_ids, request.positions, mask)
     if mask is not None:

@@ -7,7 +7,7 @@ layers that are written.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from gemma3_jax.hooked.tokenizer import Input
 from gemma3_jax.hooks.edits import Replace
 from gemma3_jax.inputs import Inputs
 
-ROWS, LOGITS = 8, 2**30  # texts that run at once at most, and bytes of their logits, of which a loss needs all
+ROWS, WIDTHS = 8, 4  # texts that run at once, and lengths at which they run at most: each compiles
 TOKENS, FEATURES = 256, 2**24  # so many tokens are encoded at once, and so many values of features at most
 # By what part of it, and by how much, a neighbour's FVU must be smaller.
 _MARGIN, _ROUNDING = 0.01, 1e-9
@@ -112,11 +112,8 @@ def check(self: Any, model: HookedGemma3, texts: Input) -> Report:
     places = [place_of(sae), *neighbours(sae, model.config)]
     names = sorted({name for place in places for name in (*place.read, *place.written)})
     sums, losses = [_Sums() for _ in places], np.zeros(2)
-    step = min(ROWS, max(1, LOGITS // (4 * kept.shape[1] * model.config.vocab_size)))
-    for start in range(0, len(kept), step):
-        here = slice(start, start + step)
-        mask = None if inputs.attention_mask is None else inputs.attention_mask[here]
-        rows, chosen = Inputs(inputs.tokens[here], mask), kept[here]
+    for rows, chosen in _batches(inputs, kept):
+        mask = rows.attention_mask
         loss, cache = model.run_with_cache(rows.tokens, names, return_type="loss", attention_mask=mask)
         for i, place in enumerate(places):
             _add(sums[i], sae, place, cache, chosen, own=i == 0)
@@ -207,6 +204,23 @@ def _kept(model: HookedGemma3, inputs: Inputs) -> np.ndarray:
     mask = np.ones(np.shape(inputs.tokens), int) if inputs.attention_mask is None else np.asarray(inputs.attention_mask)
     left_out = 4 if getattr(model.tokenizer, "chat_template", None) else 1
     return (mask > 0) & (np.cumsum(mask, axis=1) > left_out)
+
+
+def _batches(inputs: Inputs, kept: np.ndarray) -> Iterator[tuple[Inputs, np.ndarray]]:
+    """Rows of about the same length, without the columns of padding that they share, and their kept tokens."""
+    tokens = np.asarray(inputs.tokens)
+    mask = np.ones_like(tokens) if inputs.attention_mask is None else np.asarray(inputs.attention_mask)
+    lengths = np.sum(mask, axis=1)
+    part = -(-int(lengths.max()) // WIDTHS)
+    order = np.argsort(lengths, kind="stable")
+    for start in range(0, len(order), ROWS):
+        here = order[start : start + ROWS]
+        columns = np.flatnonzero(mask[here].any(axis=0))
+        # The padding is on the left or on the right.
+        width = -(-(columns[-1] + 1 - columns[0]) // part) * part
+        first = max(0, min(columns[0], mask.shape[1] - width))
+        cut = slice(first, first + width)
+        yield Inputs(tokens[here, cut], mask[here, cut]), kept[here, cut]
 
 
 def _pairs_of(rows: Inputs) -> int:

@@ -17,7 +17,8 @@ from gemma3_jax.model.layout import check_layout, is_stacked
 from gemma3_jax.model.past import Past, positions_after
 from gemma3_jax.model.transformer import Gemma3
 from gemma3_jax.positions import columns_at, default_positions, packed_documents
-from gemma3_jax.run.loss import next_token_loss
+from gemma3_jax.run.loss import mean_loss, next_token_loss
+from gemma3_jax.run.pieces import positions_of_piece, token_losses
 from gemma3_jax.run.request import Output, Request, check_phases, new_request, warn_of_constants, warn_of_padding
 from gemma3_jax.run.selection import LOSSES, Edits, OneArray, ReducedCapture, ReturnType, runs
 from gemma3_jax.sites.names import layer_of
@@ -163,7 +164,8 @@ def forward(
             None, or "embedding": the output of the config's `embedding_head`, in a run that has the sites of this head
             and not those of the unembedding. Its mean is over the tokens that `attention_mask` marks. The tokens must
             be those of `HookedGemma3.embed`, with BOS and EOS.
-            The logits of a loss are all in memory, 4 b p V bytes; `analysis.loss_per_token` makes them in pieces.
+            A "loss" or "loss_per_row" whose logits would take more than 512 MiB makes them in pieces, unless a capture
+            or an edit needs them.
         remat: for gradients of long or large batches. The backward pass keeps only the residual stream that enters each
             block, and runs each block again. The result is the same. XLA:CPU undoes this unless layers are scanned.
 
@@ -214,11 +216,31 @@ def forward(
 
 def run(params: Params, request: Request) -> tuple[PyTree, ActivationCache]:
     """Run a request and return the results of `forward`. Pure."""
-    config, source = request.config, constrained(jnp.asarray(request.source), "b p" if request.has_tokens else "b p d")
+    piece = positions_of_piece(request)
+    return _run(params, request) if piece is None else _loss_in_pieces(params, request, piece)
+
+
+def _loss_in_pieces(params: Params, request: Request, piece: int) -> tuple[jax.Array, ActivationCache]:
+    losses, cache = token_losses(_run, params, request, piece)
+    mask, _, documents = _tokens_of(request)
+    labels = jnp.asarray(request.source if request.labels is None else request.labels)
+    per_row = request.return_type == "loss_per_row"
+    return mean_loss(losses, labels, request.config.vocab_size, mask, documents, per_row=per_row), cache
+
+
+def _tokens_of(request: Request) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
+    """The attention mask, the positions and the documents of a request, each [b, p] or None."""
     mask, positions, segment_ids = (
         None if x is None else constrained(jnp.asarray(x), "b p")
         for x in (request.attention_mask, request.positions, request.segment_ids)
     )
+    return mask, positions, packed_documents(segment_ids, positions, mask, request.past)
+
+
+def _run(params: Params, request: Request) -> tuple[PyTree, ActivationCache]:
+    """The same, with all logits of a loss in memory."""
+    config, source = request.config, constrained(jnp.asarray(request.source), "b p" if request.has_tokens else "b p d")
+    mask, positions, documents = _tokens_of(request)
     if "embed" not in params:
         raise ValueError("params do not have 'embed'; pass the whole pytree that `convert_checkpoint` returns")
     check_layout(config, params)
@@ -226,7 +248,6 @@ def run(params: Params, request: Request) -> tuple[PyTree, ActivationCache]:
     stop = request.stop_at_layer
     if request.return_type is None and stop is None:
         stop = _layers_needed(config, request.names)
-    documents = packed_documents(segment_ids, positions, mask, request.past)
     if positions is None and request.past is not None:
         before = request.past[0]
         positions = positions_after(before.length, before.start, source.shape[1])
@@ -245,7 +266,7 @@ def run(params: Params, request: Request) -> tuple[PyTree, ActivationCache]:
             source,
             attention_mask=mask,
             positions=positions,
-            segment_ids=segment_ids,
+            segment_ids=documents,
             start_at_layer=request.start,
             stop_at_layer=stop,
             logits_at=request.logits_at,

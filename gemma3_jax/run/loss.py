@@ -52,9 +52,29 @@ def next_token_loss(
     )
     _check(logits, tokens=tokens, attention_mask=attention_mask, segment_ids=segment_ids)
     check_labels(tokens, logits.shape[-1])
-    counted, known, labels = counted_labels(tokens, logits.shape[-1])
+    _, _, labels = counted_labels(tokens, logits.shape[-1])
     # [b, p - 1]
-    losses = optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits[:, :-1], jnp.float32), labels)
+    losses = cross_entropy(jnp.asarray(logits[:, :-1], jnp.float32), labels)
+    return mean_loss(losses, tokens, logits.shape[-1], attention_mask, segment_ids, per_row=per_row)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The cross-entropy of each label: [...] float32 of logits [..., V] float32 and ids [...]."""
+    losses: jax.Array = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses
+
+
+def mean_loss(
+    losses: jax.Array,
+    tokens: jax.Array,
+    vocabulary: int,
+    attention_mask: jax.Array | None,
+    segment_ids: jax.Array | None,
+    *,
+    per_row: bool,
+) -> jax.Array:
+    """The mean of the losses [b, p - 1] of the tokens after the first; the other arguments as in `next_token_loss`."""
+    counted, known, _ = counted_labels(tokens, vocabulary)
     if attention_mask is not None:
         real = attention_mask.astype(bool)
         counted = counted & real[:, :-1] & real[:, 1:]

@@ -107,21 +107,30 @@ def test_the_figures_are_those_of_their_definitions(model, values):
     assert nothing.delta_loss > report.delta_loss > -0.5
 
 
-def test_few_long_texts_run_at_once(model, values, monkeypatch):
-    """The logits of a loss are bounded, and the figures are the same; without the bound all texts run together."""
-    sae, rows, run = features.SparseAutoencoder(**principal(values[SITE]), site_in=SITE), [], model.run_with_cache
-
-    def counted(tokens, *arguments, **options):
-        rows.append(len(tokens))
-        return run(tokens, *arguments, **options)
-
-    monkeypatch.setattr(
-        HookedGemma3, "run_with_cache", lambda self, *arguments, **options: counted(*arguments, **options)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_texts_of_the_same_length_run_together(model, values, monkeypatch, side):
+    """Short texts do not run at the length of long ones, wherever the padding is; the figures are the same."""
+    sae, shapes, run = (
+        features.SparseAutoencoder(**principal(values[SITE]), site_in=SITE),
+        [],
+        HookedGemma3.run_with_cache,
     )
-    together = sae.check(model, TEXTS)
-    monkeypatch.setattr(checking, "LOGITS", 1)
-    alone = sae.check(model, TEXTS)
-    assert rows == [3, 1, 1, 1]
+    texts = [*TEXTS, "ba ke lo mu"]
+
+    def recorded(self, tokens, *arguments, **options):
+        shapes.append(np.shape(tokens))
+        return run(self, tokens, *arguments, **options)
+
+    monkeypatch.setattr(HookedGemma3, "run_with_cache", recorded)
+    together = sae.check(model, texts)
+    longest = shapes[0][1]
+    monkeypatch.setattr(checking, "ROWS", 1)
+    alone = sae.check(model, model.to_tokens(texts, padding_side=side))
+    assert [rows for rows, _ in shapes] == [4, 1, 1, 1, 1]
+    widths = [width for _, width in shapes[1:]]
+    assert widths == sorted(widths)
+    assert widths[0] <= longest / 2
+    assert widths[-1] == longest
     for name in ("fvu", "l0", "dead", "cosine", "delta_loss", "tokens"):
         assert getattr(alone, name) == pytest.approx(getattr(together, name), rel=1e-4, abs=1e-5)
 

@@ -136,8 +136,6 @@ def test_no_batch_fits_if_the_weights_do_not():
         ({"on": "v5e-8", "return_type": "loss", "gradients": "params"}, "leave it out with generate and gradients"),
         ({"on": "v5e-8", "generate": 4, "capture": {"blocks.*.hook_out": At(0)}}, "whole values are needed"),
         ({"on": "v5e-8", "length": 4, "capture": {"blocks.*.hook_out": At(9)}}, "positions has 9"),
-        ({"on": "v5e-8", "capture": {"blocks.*.hook_out": lambda x, hook: x}}, "at the top level of a module"),
-        ({"on": "v5e-8", "edits": ("blocks.3.hook_out", lambda x, hook: x)}, "at the top level of a module"),
     ],
     ids=str,
 )
@@ -153,6 +151,13 @@ def test_wrong_sites():
         fits("1b", on="v5e-8", capture="blocks.*.hook_resid_pots")
     with pytest.raises(UnknownSite):
         fits("1b", on="v5e-8", edits={"blocks.*.hook_resid_pots": Scale(2.0)})
+
+
+@pytest.mark.parametrize("argument", ["capture", "edits"])
+def test_functions_that_cannot_be_sent(argument):
+    """The message says where to define them."""
+    with pytest.raises(ValueError, match="at the top level of a module"):
+        fits("1b", on="v5e-8", **{argument: {"blocks.3.hook_out": lambda x, hook: x}})
 
 
 def test_arrays_of_reductions_and_edits():
