@@ -14,7 +14,7 @@ import torch
 from benchmarks.peers import installed
 from benchmarks.rows import Row, Settings, ratio
 from benchmarks.timing import interleaved
-from gemma3_jax.features.training_step import Plan, Scaling, new_state, train_step
+from gemma3_jax.features.training.step import Plan, Scaling, new_state, train_step
 
 K = 50
 # (width, tokens)

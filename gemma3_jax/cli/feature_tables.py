@@ -11,7 +11,7 @@ from gemma3_jax.messages import printable
 
 if TYPE_CHECKING:
     from gemma3_jax.features.checking import Report
-    from gemma3_jax.features.found import Found, FoundFeature
+    from gemma3_jax.features.searches.found import Found, FoundFeature
 
 
 def report_as_dict(report: "Report") -> dict[str, Any]:

@@ -15,7 +15,7 @@ from gemma3_jax.cli.shared import Dtype, Revision, check_devices, console, say, 
 
 if TYPE_CHECKING:
     from gemma3_jax import HookedGemma3
-    from gemma3_jax.features.found import Found
+    from gemma3_jax.features.searches.found import Found
 
 features = typer.Typer(
     help="Sparse autoencoders and transcoders: check, search, show and train them.",

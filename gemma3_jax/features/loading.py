@@ -11,7 +11,7 @@ from gemma3_jax.conversion.hub import locate
 from gemma3_jax.features.formats import circuit_tracer, dictionary_learning, gemma_scope, saelens, sparsify
 from gemma3_jax.features.formats.folder import Folder, SiteNames
 from gemma3_jax.features.hookpoints import check_size
-from gemma3_jax.features.neuronpedia import note_id
+from gemma3_jax.features.pages.neuronpedia import note_id
 from gemma3_jax.features.placement import Dictionary, place
 from gemma3_jax.features.unchecked import mark
 from gemma3_jax.reading import CheckpointError, check_file

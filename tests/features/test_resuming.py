@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from gemma3_jax import TINY, HookedGemma3, features
-from gemma3_jax.features import resuming, searching
-from gemma3_jax.features.tallies import added, chunks, empty, kept_of, totals
+from gemma3_jax.features.searches import resuming, search
+from gemma3_jax.features.searches.tallies import added, chunks, empty, kept_of, totals
 from gemma3_jax.harvest import ActivationStore, harvest
 from gemma3_jax.reading import CheckpointError
 from tests.features.small_dictionaries import clt, sae
@@ -39,7 +39,7 @@ def found(model, dictionary):
 def interrupted(monkeypatch):
     """A context in which a search writes after each batch, and is interrupted before the third; and its batches."""
     monkeypatch.setattr(resuming, "SECONDS", 0.0)
-    add, seen = searching._Tallies.add, []
+    add, seen = search._Tallies.add, []
 
     def interrupt(before):
         def stopping(self, values, together, real, number):
@@ -48,7 +48,7 @@ def interrupted(monkeypatch):
             seen.append(number)
             add(self, values, together, real, number)
 
-        monkeypatch.setattr(searching._Tallies, "add", stopping)
+        monkeypatch.setattr(search._Tallies, "add", stopping)
         seen.clear()
         return seen
 
@@ -68,7 +68,7 @@ def test_a_search_goes_on(model, dictionary, found, interrupted, tmp_path, store
     """It does the batches that are missing, and ends with the result of a search in one go; then there are none."""
     corpus = TEXTS
     if stored:
-        monkeypatch.setattr("gemma3_jax.features.corpora._STORED", 8)
+        monkeypatch.setattr("gemma3_jax.features.searches.corpora._STORED", 8)
         harvest(model, TEXTS, SITE, tmp_path / "store", **LAYOUT)
         corpus = ActivationStore(tmp_path / "store")
         found = features.search(model, dictionary, corpus, 3, **LAYOUT)
@@ -179,7 +179,7 @@ def test_layers_are_counted_together(model, monkeypatch):
     np.testing.assert_array_equal(found.coactivation((0, 2)), both[2])
     np.testing.assert_array_equal(found.coactivation((1, 3)), both[one.width + 3])
     assert any(each.feature[0] == 0 for each in found.coactive((1, 3), 48))
-    monkeypatch.setattr(searching, "_PAIRS", 2 * one.width - 1)
+    monkeypatch.setattr(search, "_PAIRS", 2 * one.width - 1)
     with pytest.raises(KeyError, match="was not counted"):
         features.search(model, one, TEXTS[:1], 2, **LAYOUT).coactivation((0, 2))
 

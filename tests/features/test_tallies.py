@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gemma3_jax import features
-from gemma3_jax.features.tallies import BINS, added, chunks, empty, kept_of, totals
+from gemma3_jax.features.searches.tallies import BINS, added, chunks, empty, kept_of, totals
 from tests.features.small_dictionaries import sae
 
 D, N = 12, 64
@@ -65,7 +65,7 @@ def test_tokens_after_the_real_ones_do_not_count(batches):
 @pytest.mark.parametrize("values", [2**24, N])
 def test_features_that_depend_on_others(batches, activation, values, monkeypatch):
     """All together, in chunks, and a few of them alone, they are what the dictionary's `encode` says."""
-    monkeypatch.setattr("gemma3_jax.features.tallies.VALUES", values)
+    monkeypatch.setattr("gemma3_jax.features.searches.tallies.VALUES", values)
     one = reader(activation)
     chosen = np.asarray([1, 2, 7, 11])
     f = np.asarray(one.encode(batches.reshape(-1, D)))

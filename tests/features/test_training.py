@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from gemma3_jax import TINY, HookedGemma3, UnknownSite, features
-from gemma3_jax.features.training_step import smallest_kept, train_step
+from gemma3_jax.features.training import loop, step
+from gemma3_jax.features.training.step import smallest_kept, train_step
 from gemma3_jax.harvest import ActivationStore, harvest
 
 SITE, OUT = "blocks.0.hook_out", "blocks.0.ln2_post.hook_out"
@@ -169,9 +170,9 @@ def test_a_store_and_the_model_itself(stored):
     model, texts, store = stored
     small = {"site_in": SITE, "batch": 16, "steps": 3, "k": 2}
     seen = []
-    original = features.training.scaling_of
+    original = loop.scaling_of
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features.training, "scaling_of", lambda x, layers: seen.append(x) or original(x, layers))
+        patch.setattr(loop, "scaling_of", lambda x, layers: seen.append(x) or original(x, layers))
         features.train(store, 8, **small)
         features.train(store.shuffled(16), 8, **small)
         features.train(model.activations([texts[:10], texts[10:]], SITE), 8, **small)
@@ -190,10 +191,10 @@ def test_dead_features_learn():
     """Those of the auxiliary loss come back; without it, they stay dead."""
     x = (codes() @ directions()).astype(np.float32)
     state, values = None, (jnp.asarray(x[:128]),)
-    unit = features.training_step.Scaling(jnp.zeros(D), jnp.float32(2.5))
+    unit = step.Scaling(jnp.zeros(D), jnp.float32(2.5))
     for patience, alive in ((5, True), (10**6, False)):
-        plan = features.training_step.Plan("topk", K, (F,))
-        state = features.training_step.new_state((unit(values[0]),), 1, plan, 0)
+        plan = step.Plan("topk", K, (F,))
+        state = step.new_state((unit(values[0]),), 1, plan, 0)
         state.weights[0]["b_enc"] = state.weights[0]["b_enc"].at[0].set(-3.0)
         for i in range(400):
             values = (jnp.asarray(x[i % 32 * 128 :][:128]),)

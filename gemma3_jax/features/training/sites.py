@@ -7,7 +7,7 @@ import numpy as np
 
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.features.hookpoints import expanded
-from gemma3_jax.features.training_batches import Sites, Store
+from gemma3_jax.features.training.batches import Sites, Store
 from gemma3_jax.sites.names import layer_of, resolve
 
 Names = str | Sequence[str]

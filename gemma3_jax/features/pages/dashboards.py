@@ -20,10 +20,10 @@ from tqdm import tqdm
 from gemma3_jax import atomic
 from gemma3_jax.compute.matmul import matmul
 from gemma3_jax.features.activations import JumpRelu
-from gemma3_jax.features.found import Found, FoundFeature
-from gemma3_jax.features.pages import Labels, bars, coloured, file_of, name_of, number, rendered
+from gemma3_jax.features.pages.page import Labels, bars, coloured, file_of, name_of, number, rendered
 from gemma3_jax.features.parts import LAYERED, Feature, restricted_to
 from gemma3_jax.features.placement import Dictionary
+from gemma3_jax.features.searches.found import Found, FoundFeature
 from gemma3_jax.pictures.scale import fitting_scale
 from gemma3_jax.sites.names import layer_of
 

@@ -12,8 +12,8 @@ import numpy as np
 from gemma3_jax.features.activations import Activation, JumpRelu, TopK
 from gemma3_jax.features.dictionaries import SparseAutoencoder, Transcoder
 from gemma3_jax.features.layered import CrossLayerTranscoder
-from gemma3_jax.features.training_batches import Sites
-from gemma3_jax.features.training_step import Plan, Scaling, State, threshold_of
+from gemma3_jax.features.training.batches import Sites
+from gemma3_jax.features.training.step import Plan, Scaling, State, threshold_of
 
 
 def scaling_of(values: np.ndarray, layers: int) -> Scaling:

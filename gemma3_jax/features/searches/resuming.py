@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma3_jax import atomic
-from gemma3_jax.features.corpora import Source
+from gemma3_jax.features.searches.corpora import Source
+from gemma3_jax.features.searches.tallies import Reader, Tally
 from gemma3_jax.features.state_files import read_state, write_state
-from gemma3_jax.features.tallies import Reader, Tally
 from gemma3_jax.harvest.manifest import digest_of_parameters
 from gemma3_jax.hooked.hooked import HookedGemma3
 

@@ -16,11 +16,11 @@ from gemma3_jax import atomic
 from gemma3_jax.descriptions import Described, Description
 from gemma3_jax.features.dictionaries import check_k
 from gemma3_jax.features.encoding import Encode
-from gemma3_jax.features.found import spelled
-from gemma3_jax.features.neuronpedia import url_of
-from gemma3_jax.features.pages import Labels, name_of, rendered, running
+from gemma3_jax.features.pages.neuronpedia import url_of
+from gemma3_jax.features.pages.page import Labels, name_of, rendered, running
 from gemma3_jax.features.parts import LAYERED, Feature, reader_of
 from gemma3_jax.features.placement import Dictionary
+from gemma3_jax.features.searches.found import spelled
 from gemma3_jax.harvest.documents import bos_of
 from gemma3_jax.hooked.hooked import HookedGemma3
 from gemma3_jax.hooked.tokenizer import Input

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma3_jax.features.state_files import read_state, write_state
-from gemma3_jax.features.training_step import State
+from gemma3_jax.features.training.step import State
 
 
 def fingerprint(values: tuple[np.ndarray, ...]) -> str:

@@ -13,12 +13,12 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from gemma3_jax.descriptions import Described, Description
-from gemma3_jax.features.corpora import Source
 from gemma3_jax.features.direct import direct_logits
-from gemma3_jax.features.neuronpedia import url_of
+from gemma3_jax.features.pages.neuronpedia import url_of
 from gemma3_jax.features.parts import Feature, reader_of
 from gemma3_jax.features.placement import Dictionary
-from gemma3_jax.features.tallies import BINS, Reader, chunks, kept_of, values_of
+from gemma3_jax.features.searches.corpora import Source
+from gemma3_jax.features.searches.tallies import BINS, Reader, chunks, kept_of, values_of
 from gemma3_jax.hooked.hooked import HookedGemma3
 
 _SHOWN = 5  # examples and tokens of a description

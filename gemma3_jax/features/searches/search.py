@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from gemma3_jax.features.corpora import Source, source_of
 from gemma3_jax.features.dictionaries import Transcoder, on_mesh_of
-from gemma3_jax.features.found import Found, Layer
 from gemma3_jax.features.parts import LAYERED, Feature, reader_of
 from gemma3_jax.features.placement import Dictionary
-from gemma3_jax.features.resuming import Progress, StateFile, digest_of_indices, identity_of, joined, split
-from gemma3_jax.features.tallies import Chunk, Reader, Tally, active, added, chunks, empty, kept_of, totals
+from gemma3_jax.features.searches.corpora import Source, source_of
+from gemma3_jax.features.searches.found import Found, Layer
+from gemma3_jax.features.searches.resuming import Progress, StateFile, digest_of_indices, identity_of, joined, split
+from gemma3_jax.features.searches.tallies import Chunk, Reader, Tally, active, added, chunks, empty, kept_of, totals
 from gemma3_jax.features.unchecked import warn_if_unchecked
 from gemma3_jax.hooked.hooked import HookedGemma3
 from gemma3_jax.sites.names import layer_of

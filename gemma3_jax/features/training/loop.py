@@ -17,11 +17,11 @@ import numpy as np
 from tqdm import tqdm
 
 from gemma3_jax.features.dictionaries import check_k
-from gemma3_jax.features.training_batches import Source, Values, batches, source_of
-from gemma3_jax.features.training_checkpoint import Checkpoint, fingerprint
-from gemma3_jax.features.training_scale import dictionary_of, scaling_of
-from gemma3_jax.features.training_sites import Names, sites_of
-from gemma3_jax.features.training_step import Figures, Kind, Plan, Scaling, State, new_state, train_step
+from gemma3_jax.features.training.batches import Source, Values, batches, source_of
+from gemma3_jax.features.training.checkpoint import Checkpoint, fingerprint
+from gemma3_jax.features.training.scale import dictionary_of, scaling_of
+from gemma3_jax.features.training.sites import Names, sites_of
+from gemma3_jax.features.training.step import Figures, Kind, Plan, Scaling, State, new_state, train_step
 
 _log = logging.getLogger(__name__)
 _FIRST = 4096  # tokens from which centre and scale are found
