@@ -212,7 +212,7 @@ def _batches(inputs: Inputs, kept: np.ndarray) -> Iterator[tuple[Inputs, np.ndar
     mask = np.ones_like(tokens) if inputs.attention_mask is None else np.asarray(inputs.attention_mask)
     lengths = np.sum(mask, axis=1)
     part = -(-int(lengths.max()) // WIDTHS)
-    order = np.argsort(lengths, kind="stable")
+    order = np.argsort(lengths, kind="stable")[np.count_nonzero(lengths == 0) :]  # rows of padding come first
     for start in range(0, len(order), ROWS):
         here = order[start : start + ROWS]
         columns = np.flatnonzero(mask[here].any(axis=0))

@@ -135,6 +135,20 @@ def test_texts_of_the_same_length_run_together(model, values, monkeypatch, side)
         assert getattr(alone, name) == pytest.approx(getattr(together, name), rel=1e-4, abs=1e-5)
 
 
+def test_rows_of_padding_count_for_nothing(model, values):
+    """As many as run together: the figures are those without them."""
+    sae, ids = (
+        features.SparseAutoencoder(**principal(values[SITE]), site_in=SITE),
+        np.asarray(model.to_tokens(TEXTS[0])),
+    )
+    empty = np.full((checking.ROWS, ids.shape[1]), model.config.padding)
+    mask = np.concatenate([np.ones_like(ids), np.zeros_like(empty)])
+    found = sae.check(model, {"input_ids": np.concatenate([ids, empty]), "attention_mask": mask})
+    wanted = sae.check(model, ids)
+    for name in ("fvu", "l0", "dead", "cosine", "delta_loss", "tokens"):
+        assert getattr(found, name) == pytest.approx(getattr(wanted, name), rel=1e-5, abs=1e-6)
+
+
 @pytest.mark.parametrize("make", [transcoder, clt, crosscoder])
 def test_every_kind_can_be_checked(make):
     """Random ones explain nothing, and those of several layers name sites of all layers."""
