@@ -8,6 +8,7 @@ from gemma3_jax.config.parts import (
     FLAGS,
     FLOAT32,
     MOST_LAYERS,
+    SIZES,
     SPECIAL_TOKENS,
     EmbeddingHead,
     LayerType,
@@ -16,17 +17,7 @@ from gemma3_jax.config.parts import (
     require,
 )
 
-_POSITIVE_INTEGERS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "sliding_window",
-    "max_position_embeddings",
-)
+_POSITIVE_INTEGERS = (*SIZES, "max_position_embeddings")
 _POSITIVE_NUMBERS = ("query_pre_attn_scalar", "rms_norm_eps", "final_logit_softcapping")
 
 

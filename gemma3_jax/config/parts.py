@@ -9,6 +9,16 @@ from gemma3_jax.messages import printable
 Json = Mapping[str, Any]  # an object of a JSON file
 LayerType = Literal["sliding_attention", "full_attention"]
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "sliding_window",
+)
 SPECIAL_TOKENS = ("pad_token_id", "eos_token_id", "bos_token_id")
 FLAGS = ("attention_bias", "use_bidirectional_attention", "tie_word_embeddings")
 # The dtypes of the embedding in which a model can run, and the reason why float16 is not one of them.

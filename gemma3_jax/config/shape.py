@@ -5,23 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 from gemma3_jax.config.checks import check_layers, check_values
 from gemma3_jax.config.huggingface import fields_of, written
-from gemma3_jax.config.parts import ConfigError, EmbeddingHead, LayerType, Rope, pattern
+from gemma3_jax.config.parts import SIZES, ConfigError, EmbeddingHead, LayerType, Rope, pattern
 from gemma3_jax.descriptions import Described, Description
 from gemma3_jax.elsewhere import missing
 
 # The fields that `shape_text` has.
-_IN_SHAPE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "sliding_window",
-    "layer_types",
-    "truncated_from",
-)
+_IN_SHAPE = (*SIZES, "layer_types", "truncated_from")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

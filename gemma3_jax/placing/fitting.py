@@ -184,6 +184,8 @@ def fits(
 
 def _result(config: Gemma3Config, return_type: ReturnType, gradients: Wrt, generate: int | None) -> ReturnType:
     """What the run returns besides the captures."""
+    if return_type not in get_args(ReturnType):
+        raise ValueError(f"return_type is {return_type!r}; it must be one of {get_args(ReturnType)}")
     if return_type != "logits" and (gradients or generate):
         raise ValueError(f"return_type is {return_type!r}; leave it out with generate and gradients")
     if gradients is not None:

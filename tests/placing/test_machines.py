@@ -132,6 +132,7 @@ def test_no_batch_fits_if_the_weights_do_not():
         ({"on": "v5e-8", "gradients": "params", "generate": 4}, "None with generate"),
         ({"on": "v5e-8", "gradients": "sites"}, "name them in capture"),
         ({"on": "v5e-8", "return_type": None}, "name them in capture"),
+        ({"on": "v5e-8", "return_type": "logit"}, "return_type is 'logit'"),
         ({"on": "v5e-8", "return_type": None, "generate": 4}, "leave it out with generate"),
         ({"on": "v5e-8", "return_type": "loss", "gradients": "params"}, "leave it out with generate and gradients"),
         ({"on": "v5e-8", "generate": 4, "capture": {"blocks.*.hook_out": At(0)}}, "whole values are needed"),
