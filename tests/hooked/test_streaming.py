@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gemma3_jax import TINY, ActivationCache, HookedGemma3, UnknownSite, reductions
+from gemma3_jax.hooked import runs
 from tests.helpers.programs import programs
 from tests.helpers.random_models import random_tokens
 from tests.helpers.small_model import same, small
@@ -91,7 +92,7 @@ class Recorded:
 
     def __init__(self, monkeypatch):
         self.events, self.alive, self.most = [], [], 0
-        started, read = HookedGemma3._run, ActivationCache.numpy
+        started, read = runs._run, ActivationCache.numpy
 
         def run(model, *arguments):
             out = started(model, *arguments)
@@ -104,7 +105,7 @@ class Recorded:
             self.events.append("read")
             return read(cache, **options)
 
-        monkeypatch.setattr(HookedGemma3, "_run", run)
+        monkeypatch.setattr(runs, "_run", run)
         monkeypatch.setattr(ActivationCache, "numpy", numpy)
 
 
