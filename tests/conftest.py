@@ -16,7 +16,7 @@ import pytest
 
 pytest.register_assert_rewrite("tests.helpers")  # their failed assertions show values too
 
-from tests.helpers.environment import FLAGS, compile_quickly  # noqa: E402
+from tests.helpers.environment import compile_quickly  # noqa: E402
 
 compile_quickly()
 
@@ -24,10 +24,9 @@ import jax  # noqa: E402
 from jax._src.interpreters import mlir  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
-if FLAGS:
-    # JAX makes a context of MLIR for each program, in 6 ms. Most programs are single operations: one context for all
-    # saves a tenth of the time and half of the memory.
-    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+# JAX makes a context of MLIR for each program, in 6 ms. Most programs are single operations: one context for all saves
+# a tenth of the time and half of the memory.
+mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 # For meshes; whatever is placed nowhere else stays on the first device.
 jax.config.update("jax_num_cpu_devices", 8)

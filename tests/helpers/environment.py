@@ -1,12 +1,10 @@
 """The environment of the test processes, and of those that they start: most of it is there to compile quickly."""
 
 import os
-from importlib.metadata import version
 
 # The older emitters of XLA:CPU compile in two thirds of the time, and modules that are not split for several threads in
-# two thirds of that. An XLA that does not know a flag ends the process.
-_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-FLAGS = _FLAGS if version("jaxlib").startswith("0.10.") else ""
+# two thirds of that. An XLA that does not know a flag ends the process, but passes over an extra option.
+FLAGS = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters --xla_cpu_parallel_codegen_split_count=1"
 
 
 def compile_quickly() -> None:
@@ -34,5 +32,4 @@ def on_devices(devices: int) -> dict[str, str]:
 
 def _flags_of_users() -> str:
     """XLA's flags without ours; a process that a test process starts has them already."""
-    given = os.environ.get("XLA_FLAGS", "")
-    return given.replace(FLAGS, "").strip() if FLAGS else given
+    return os.environ.get("XLA_FLAGS", "").replace(FLAGS, "").strip()
