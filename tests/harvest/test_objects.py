@@ -1,6 +1,6 @@
 """A store of objects has the bytes of one in a folder; it is continued, claimed, repaired and read by ranges.
 
-Against memory, and against a real server that speaks S3 on this machine. The server is skipped without `s3fs` and moto.
+Against memory, and against a real server that speaks S3 on this machine.
 """
 
 import os
@@ -38,9 +38,9 @@ def local(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def server():
     """The address of a bucket of a server that speaks S3."""
-    pytest.importorskip("s3fs")
-    moto = pytest.importorskip("moto.server")
-    running = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    from moto.server import ThreadedMotoServer
+
+    running = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     running.start()
     host, port = running.get_host_and_port()
     with pytest.MonkeyPatch.context() as environment:
