@@ -98,16 +98,16 @@ def verify(out: Store) -> None:
 
 def corpus_of(file: Path, field: str | None) -> Any:
     """The corpus of a file, by its field if one is named."""
-    from gemma3_jax.harvest import JsonLines, Parquet
+    from gemma3_jax.harvest.sources import READERS
 
     if not file.exists():
         raise ValueError(f"the corpus {file} is neither a file nor a folder")
     if field is None:
         return file
-    readers: dict[str, Any] = {".jsonl": JsonLines, ".ndjson": JsonLines, ".parquet": Parquet}
-    if file.suffix.lower() not in readers:
+    reader = READERS.get(file.suffix.lower())
+    if reader is None:
         raise ValueError(f"--field is for .jsonl and .parquet files; {file.name} has no fields")
-    return readers[file.suffix.lower()](file, field)
+    return reader(file, field)
 
 
 def _reduction(cast: str | None) -> Any:

@@ -62,7 +62,8 @@ def _content(model: Model, item: Item, number: int) -> str | np.ndarray:
     if ids is None or ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
         raise StoreError(
             f"document {number} is neither a text nor a row of ids, nor has `text`, `input_ids` or `messages`; for "
-            "another field, give harvest.JsonLines(file, field) or harvest.Parquet(file, field), or a list of texts"
+            "another field, give harvest.JsonLines(file, field) or harvest.Parquet(file, field), a column of a data "
+            "set (data[field]), or a list of texts"
         )
     return np.asarray(as_int32("token ids", ids))
 

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,8 +20,10 @@ import numpy as np
 
 from gemma3_jax.extras import needs_extra
 from gemma3_jax.harvest.errors import StoreError
+from gemma3_jax.inputs import as_array
 
 Item = str | bytes | Sequence[int] | np.ndarray | Mapping[str, Any]
+FIELDS = "text", "input_ids", "messages"  # of a document that is a mapping; it is read from the first that it has
 _EVERY = 1024  # lines between two known offsets: 8 bytes for each of these
 _IDS = 2**16  # ids of a document in an array without document boundaries
 
@@ -120,7 +122,7 @@ class Parquet:
         _check_exists(Path(file))
         self._file = pyarrow.parquet.ParquetFile(file)
         names = self._file.schema_arrow.names
-        wanted = ("text", "input_ids", "messages") if field is None else (field,)
+        wanted = FIELDS if field is None else (field,)
         self._column = next((name for name in wanted if name in names), None)
         if self._column is None:
             raise StoreError(f"{file} has the columns {', '.join(names)}, not {' or '.join(wanted)}; name one as field")
@@ -172,7 +174,9 @@ class TokenArray:
 
     def __init__(self, ids: np.ndarray, bos: int | None):
         if ids.ndim not in (1, 2) or not np.issubdtype(ids.dtype, np.integer):
-            raise StoreError(f"the array is {ids.dtype} of shape {list(ids.shape)}; ids are integers [n] or [n, p]")
+            raise StoreError(
+                f"the array is {ids.dtype} of shape {list(ids.shape)}; ids are integers [n] or [n, p], and texts a list"
+            )
         self.ids = ids
         if ids.ndim == 1:
             blocks = (ids[at : at + 2**24] for at in range(0, len(ids), 2**24))
@@ -203,10 +207,20 @@ class TokenArray:
         return np.asarray(self.ids[first:end])
 
 
-_READERS: dict[str, Callable[[Path], Corpus]] = {
+# What reads the files that have fields. `Dataset.to_json` writes lines of JSON, too, and pandas with `lines=True`.
+READERS: dict[str, type[JsonLines | Parquet]] = {
+    ".json": JsonLines,
     ".jsonl": JsonLines,
     ".ndjson": JsonLines,
     ".parquet": Parquet,
+}
+_COMPRESSED = "uncompress it first"
+_TABLE = 'give its texts: pandas.read_csv(file)["text"].tolist()'
+# Files whose lines are not documents, and what to do with them.
+_REFUSED = {
+    **dict.fromkeys([".bz2", ".gz", ".tar", ".tgz", ".xz", ".zip", ".zst"], _COMPRESSED),
+    **dict.fromkeys([".csv", ".tsv"], _TABLE),
+    ".arrow": "give datasets.load_from_disk(folder) or datasets.Dataset.from_file(file)",
 }
 
 
@@ -217,16 +231,13 @@ def as_corpus(corpus: object, bos: int | None) -> Corpus:
         StoreError: it is none of these, or it has no documents.
     """
     if isinstance(corpus, str | os.PathLike):
-        path = Path(corpus)
-        if path.is_dir():
-            corpus = Folder(path)
-        elif path.suffix.lower() == ".npy":
-            _check_exists(path)
-            corpus = np.load(path, mmap_mode="r")
-        else:
-            corpus = _READERS.get(path.suffix.lower(), TextLines)(path)
+        corpus = _read(Path(corpus))
     if isinstance(corpus, np.ndarray):
         corpus = TokenArray(corpus, bos)
+    if isinstance(corpus, Mapping) and corpus and not any(isinstance(part, str) for part in corpus.values()):  # splits
+        raise StoreError(f"the corpus has the parts {', '.join(map(str, corpus))}; give one of them: corpus[name]")
+    if hasattr(corpus, "iloc"):  # of pandas: its items go by label, not by number
+        raise StoreError(f'the corpus is {type(corpus).__name__}; give a list: table["text"].tolist()')
     if not isinstance(corpus, Corpus) or isinstance(corpus, Mapping | set):
         raise StoreError(
             f"the corpus is {type(corpus).__name__}; it must be a file (.txt, .jsonl, .parquet, .npy), a folder, an "
@@ -245,10 +256,33 @@ def digest_of(corpus: Corpus | Iterator[list[Any]]) -> str:
     digest = hashlib.sha256()
     items = (corpus[i] for i in range(len(corpus))) if isinstance(corpus, Corpus) else itertools.chain(*corpus)
     for item in items:
-        content = item if isinstance(item, str) else repr(item.tolist() if isinstance(item, np.ndarray) else item)
+        content = item if isinstance(item, str) else repr(_plain(item))
         digest.update(f"{type(item).__name__} {len(content)} ".encode())
         digest.update(content.encode(errors="surrogatepass"))
     return digest.hexdigest()
+
+
+def _plain(item: Any) -> Any:
+    """What a document is read from, without arrays: their `repr` leaves out the middle of long ones."""
+    if isinstance(item, Mapping):
+        return {name: _plain(item[name]) for name in FIELDS if item.get(name) is not None}
+    return np.asarray(as_array(item)).tolist() if hasattr(item, "__array__") else item
+
+
+def _read(path: Path) -> Corpus | np.ndarray:
+    """The corpus of a file or a folder."""
+    if path.is_dir():
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            raise StoreError(f"{path} is a saved data set; give datasets.load_from_disk(folder)")
+        return Folder(path)
+    _check_exists(path)
+    suffix = path.suffix.lower()
+    if suffix in _REFUSED:
+        raise StoreError(f"{path} is not read: {_REFUSED[suffix]}")
+    if suffix == ".npy":
+        ids: np.ndarray = np.load(path, mmap_mode="r")
+        return ids
+    return READERS.get(suffix, TextLines)(path)
 
 
 def _entry(value: Any, field: str | None) -> Item:

@@ -2,8 +2,10 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from gemma3_jax import TINY, HookedGemma3
 from gemma3_jax.harvest import JsonLines, Parquet, StoreError, TextLines
@@ -103,6 +105,51 @@ def test_digests_of_lists():
     assert digest_of(as_corpus(["ab", "c"], BOS)) == known[0]
 
 
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray, torch.tensor], ids=["numpy", "jax", "torch"])
+def test_digests_of_long_arrays(kind):
+    """One id in the middle of a long document changes the digest, where an array's `repr` shows only its ends."""
+    ids = np.full(3000, 7)
+    other = ids.copy()
+    other[1500] = 8
+    for wrapped in (lambda x: x, lambda x: {"input_ids": x}):
+        known = [digest_of(as_corpus([wrapped(kind(x))], BOS)) for x in (ids, other, ids)]
+        assert known[0] == known[2] != known[1]
+    assert known[0] == digest_of(as_corpus([{"input_ids": ids.tolist(), "label": 3}], BOS))  # only what is read counts
+
+
+def test_datasets(model, tmp_path):
+    """A data set of Hugging Face in any format, a column of it, and the lines that it writes; not all of its splits."""
+    datasets = pytest.importorskip("datasets")
+    wanted = ids_of(model, TEXTS)
+    texts = datasets.Dataset.from_dict({"text": TEXTS, "label": [0, 1, 2]})
+    ids = datasets.Dataset.from_dict({"input_ids": wanted})
+    corpora = [texts, texts["text"], ids, ids["input_ids"]]
+    corpora += [ids.with_format(form) for form in ("numpy", "torch", "jax")]
+    for corpus in corpora:
+        assert ids_of(model, corpus) == wanted
+    assert len({digest_of(as_corpus(corpus, BOS)) for corpus in (ids, *corpora[-3:])}) == 1
+    texts.to_json(tmp_path / "corpus.json")
+    assert ids_of(model, tmp_path / "corpus.json") == wanted
+    texts.save_to_disk(tmp_path / "saved")
+    for corpus, message in (
+        (datasets.DatasetDict({"train": texts, "test": texts}), "the parts train, test"),
+        (texts.rename_column("text", "body"), "a column"),
+        (texts.to_iterable_dataset(), "IterableDataset"),
+        (texts.to_pandas(), "DataFrame; give a list"),
+        (texts.to_pandas()["text"], "Series; give a list"),
+        (tmp_path / "saved", "load_from_disk"),
+    ):
+        with pytest.raises(StoreError, match=message):
+            ids_of(model, corpus)
+
+
+@pytest.mark.parametrize("name", ["corpus.csv", "corpus.tsv", "corpus.jsonl.gz", "corpus.txt.ZST", "x.arrow"])
+def test_files_whose_lines_are_not_documents(model, tmp_path, name):
+    """The header of a table would be a document."""
+    with pytest.raises(StoreError, match=f"{name} is not read: "):
+        ids_of(model, written(tmp_path, name, "text,label\nba,0\n"))
+
+
 def test_parquet(model, tmp_path):
     """Several groups of rows; a field by name; a conversation needs the tokenizer's template."""
     pyarrow = pytest.importorskip("pyarrow")
@@ -144,6 +191,7 @@ def test_grain(model, tmp_path):
         ([{"body": "ba"}], "document 0"),
         ([[2, 10**6]], "outside the vocabulary"),
         ([[0.5]], "document 0"),
+        (np.asarray(TEXTS), "texts a list"),
         (["ba", b"\xff\xfe"], "document 1 is bytes, and not UTF-8"),
         ("no/such/file.txt", "not a file"),
         ("no/such/file.npy", "not a file"),
