@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from gemma3_jax import ActivationCache, HookedGemma3
+from gemma3_jax import ActivationCache
+from gemma3_jax.hooked import runs
 from gemma3_jax.placing import make_mesh
 from tests.helpers.processes import run_in_processes
 from tests.placing.everything import TEXTS, everything, two_layers
@@ -85,13 +86,13 @@ def test_captures_stay_on_their_devices():
 def test_rows_are_computed_once(monkeypatch):
     """Seven rows on eight devices run as eight, each on one of them; a function that sees rows sees seven."""
     model = two_layers(mesh=make_mesh(1, jax.devices()[:8]))
-    rows, run = [], HookedGemma3._run
+    rows, run = [], runs._run
 
-    def counted(self, request, cut):
+    def counted(model, request, cut):
         rows.append(len(request.source))
-        return run(self, request, cut)
+        return run(model, request, cut)
 
-    monkeypatch.setattr(HookedGemma3, "_run", counted)
+    monkeypatch.setattr(runs, "_run", counted)
     seven = np.full((7, 5), 9)
     logits, cache = model.run_with_cache(seven, "blocks.0.hook_resid_post")
     assert (logits.shape[0], cache["resid_post", 0].shape[0], cache.tokens.shape[0]) == (7, 7, 7)
