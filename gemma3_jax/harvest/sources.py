@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -238,6 +238,9 @@ def as_corpus(corpus: object, bos: int | None) -> Corpus:
         raise StoreError(f"the corpus has the parts {', '.join(map(str, corpus))}; give one of them: corpus[name]")
     if hasattr(corpus, "iloc"):  # of pandas: its items go by label, not by number
         raise StoreError(f'the corpus is {type(corpus).__name__}; give a list: table["text"].tolist()')
+    if isinstance(corpus, Iterable) and not isinstance(corpus, Sized):
+        kind = type(corpus).__name__
+        raise StoreError(f"the corpus is {kind}, which has no length; take a part: list(itertools.islice(corpus, n))")
     if not isinstance(corpus, Corpus) or isinstance(corpus, Mapping | set):
         raise StoreError(
             f"the corpus is {type(corpus).__name__}; it must be a file (.txt, .jsonl, .parquet, .npy), a folder, an "
