@@ -155,7 +155,10 @@ def token_ids(ids: IntegersLike, vocab_size: int) -> Integers:
         return jnp.atleast_2d(ids).astype(jnp.int32)
     array = known_ids(ids)
     if array.dtype.kind in "SUO":
-        raise ValueError(f"the input is {reprlib.repr(ids)}; it must be a text, a list of texts, or integer token ids")
+        raise ValueError(
+            f"the input is {reprlib.repr(ids)}; token ids must be integers [p] or [b, p], and texts a str or a list of "
+            "str"
+        )
     _check_integers(array)
     check_ids(array, vocab_size)
     return np.atleast_2d(array).astype(np.int32)
