@@ -3,6 +3,8 @@
 Axes: b batch, p position.
 """
 
+import operator
+import reprlib
 import sys
 from typing import NamedTuple, TypeVar
 
@@ -67,6 +69,78 @@ def as_int32(name: str, integers: Integers) -> Integers:
     return integers.astype(np.int32)
 
 
+def integer(name: str, value: object) -> int:
+    """An integer of any library as an int.
+
+    Raises:
+        TypeError: it is not an integer.
+
+    >>> integer("layer", np.int32(3))
+    3
+    """
+    try:
+        return operator.index(value)  # type: ignore[arg-type] # which the error is for
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; it must be an integer") from None
+
+
+def section(name: str, index: int | slice) -> slice:
+    """The slice of an axis that an int, which keeps an axis of length 1, or a slice means.
+
+    Raises:
+        TypeError: it is neither.
+
+    >>> section("positions", 2), section("positions", -1)
+    (slice(2, 3, None), slice(-1, None, None))
+    """
+    if isinstance(index, slice):
+        return index
+    try:
+        at = operator.index(index)
+    except TypeError:
+        raise TypeError(f"{name} is {index!r}; it must be an integer or a slice, such as slice(0, 2)") from None
+    return slice(at, at + 1 or None)
+
+
+def lists_as_arrays(tree: Value, what: str) -> Value:
+    """A pytree with an array in place of each list of numbers, whose entries would be leaves of their own.
+
+    Raises:
+        ValueError: a leaf, or an entry of a list, is not a number; the message begins with `what`.
+
+    >>> lists_as_arrays({"row": [1, 0]}, "the edit")
+    {'row': array([1, 0])}
+    """
+
+    def as_one(leaf: object) -> object:
+        if not isinstance(leaf, list | tuple | str | bytes):
+            return leaf
+        try:
+            array = np.asarray(leaf)
+        except jax.errors.TracerArrayConversionError:
+            return jnp.asarray(leaf)
+        except ValueError:  # a ragged list
+            array = np.asarray(None)
+        if array.dtype.kind in "SUO":
+            raise ValueError(f"{what} has {reprlib.repr(leaf)}, which is not an array of numbers")
+        return array
+
+    changed: Value = jax.tree.map(as_one, tree, is_leaf=lambda leaf: isinstance(leaf, list | tuple))
+    return changed
+
+
+def known_ids(ids: IntegersLike) -> np.ndarray:
+    """Ids of any array library, or in lists, on the host; not checked further.
+
+    Raises:
+        ValueError: rows of ids have different lengths.
+    """
+    try:
+        return np.asarray(as_array(ids))
+    except ValueError as error:
+        raise ValueError("rows of ids have different lengths; pad them, and give their attention_mask") from error
+
+
 def token_ids(ids: IntegersLike, vocab_size: int) -> Integers:
     """Ids [p] or [b, p] of any integer type as [b, p] int32, checked; on the host unless they are traced.
 
@@ -79,10 +153,12 @@ def token_ids(ids: IntegersLike, vocab_size: int) -> Integers:
     if isinstance(ids, jax.core.Tracer):
         _check_integers(ids)
         return jnp.atleast_2d(ids).astype(jnp.int32)
-    try:
-        array = np.asarray(as_array(ids))
-    except ValueError as error:
-        raise ValueError("rows of ids have different lengths; pad them, and give their attention_mask") from error
+    array = known_ids(ids)
+    if array.dtype.kind in "SUO":
+        raise ValueError(
+            f"the input is {reprlib.repr(ids)}; token ids must be integers [p] or [b, p], and texts a str or a list of "
+            "str"
+        )
     _check_integers(array)
     check_ids(array, vocab_size)
     return np.atleast_2d(array).astype(np.int32)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack, get_args
 
 import flax.struct
 import jax
@@ -231,8 +231,9 @@ def grid_letters(name: str, by: tuple[Axis, ...]) -> list[str]:
     Raises:
         ValueError: "layer" is not first, or the site has no such axis.
     """
-    if by[:1] != ("layer",) or len(set(by)) != len(by):
-        raise ValueError(f"by is {by}; it must begin with 'layer' and name each axis once")
+    axes = get_args(Axis)
+    if tuple(by[:1]) != axes[:1] or len(set(by)) != len(by) or not set(by) <= set(axes):
+        raise ValueError(f"by is {by!r}; it must begin with 'layer' and name each axis once, of {axes}")
     letters = [next((letter for letter in site(name).axes.split() if letter in _LETTERS[axis]), "") for axis in by[1:]]
     for axis, letter in zip(by[1:], letters, strict=True):
         if not letter:

@@ -118,6 +118,9 @@ def test_prompt(
     """
     if not 1 <= k <= model.config.vocab_size:
         raise ValueError(f"k is {k}; it must be between 1 and the vocabulary's {model.config.vocab_size}")
+    for name, text in (("prompt", prompt), ("answer", answer)):
+        if not isinstance(text, str):
+            raise ValueError(f"{name} is {text!r}; it must be one text (model.to_string makes texts of ids)")
     spaced = f" {answer}" if prepend_space_to_answer and not answer.startswith(" ") else answer
     before, after = model.to_tokens(prompt), model.to_tokens(spaced, prepend_bos=False)
     tokens = jnp.concatenate([before, after], axis=1)

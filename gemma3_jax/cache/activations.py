@@ -8,7 +8,7 @@ import functools
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar, cast
 
 import einops
 import jax
@@ -24,7 +24,7 @@ from gemma3_jax.cache.files import GRAD, listed
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.descriptions import Described
 from gemma3_jax.elsewhere import missing
-from gemma3_jax.inputs import as_array
+from gemma3_jax.inputs import as_array, section
 from gemma3_jax.meshes import own_rows
 from gemma3_jax.processes import in_first, in_this, own_part, spans_processes, to_host
 from gemma3_jax.sites.names import Match, UnknownSite, get_act_name, resolve, searchable_names, spellings
@@ -98,7 +98,10 @@ class ActivationCache(Described, Mapping[str, jax.Array]):
         self._values = {name: cast(jax.Array, as_array(value)) for name, value in values.items()}
 
     def __getitem__(self, name: Name) -> jax.Array:
-        first = name if isinstance(name, str) else name[0]
+        parts = (name,) if isinstance(name, str) else name
+        if not (isinstance(parts, tuple | list) and parts and isinstance(parts[0], str)):
+            raise UnknownSite(f"{name!r} does not name a site: give a name, or a shorthand, as in ('resid_post', 3)")
+        first = parts[0]
         if first.endswith(GRAD):
             if self.grads is None:
                 raise KeyError(f"{name}: this cache has no gradients; run with run_with_cache(..., incl_bwd=True)")
@@ -372,8 +375,8 @@ def _cut(value: Value, index: int | slice | None, axis: int, what: str) -> Value
     """Slice one axis, counted from the right; an int keeps the axis."""
     if index is None:
         return value
-    section = index if isinstance(index, slice) else slice(index, index + 1 or None)
-    size = value.shape[axis]
-    if not range(size)[section]:
+    kept, size = section(what, index), value.shape[axis]
+    if not range(size)[kept]:
         raise ValueError(f"{what} {index} selects none of the {size} entries")
-    return cast(Value, value[(..., section, *[slice(None)] * (-axis - 1))])
+    at: Any = (..., kept, *[slice(None)] * (-axis - 1))
+    return cast(Value, value[at])

@@ -7,7 +7,6 @@ a stack. "..." are the remaining axes of the cache: b and p, or fewer.
 from __future__ import annotations
 
 import collections
-import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
@@ -18,6 +17,7 @@ import numpy as np
 
 from gemma3_jax.compute.matmul import matmul
 from gemma3_jax.config import Gemma3Config
+from gemma3_jax.inputs import integer
 from gemma3_jax.model.layout import layer_params
 from gemma3_jax.sites.names import block
 from gemma3_jax.sites.table import site
@@ -238,7 +238,7 @@ def norm_of(cache: Captured, layer: int, mlp_input: bool) -> str:
 def end_layer(cache: Captured, layer: int | None, mlp_input: bool = False) -> int:
     """The layer that a stream enters, 0 to L; None and -1 mean L, the final norm."""
     layers = cache.config.num_hidden_layers
-    end = layers if layer is None or layer == -1 else operator.index(layer)
+    end = layers if layer is None or layer == -1 else integer("layer", layer)
     if not 0 <= end <= layers:
         raise ValueError(f"layer is {layer}; it must be 0 to {layers} (None, -1: {layers}, before the final norm)")
     if mlp_input and end == layers:

@@ -300,12 +300,13 @@ def finish(task: Task, text: Decoding, bounds: Bounds, ends: np.ndarray | None =
     run = slice(bounds.extra, bounds.extra + p_n - 1)
     # In the model's order, because jit returns a dict sorted.
     captured = {name: _cut(name, text.captured[name], run) for name in task.capture}
+    cache = ActivationCache(task.config, captured, bounds.params)
     return Generation(
         jnp.asarray(tokens, jnp.int32),
         jnp.asarray(real, jnp.int32),
         jnp.where(real[:, prompt:], text.log_probs[:, : p_n - prompt], 0.0),
         None if text.logits is None else text.logits[:, : p_n - prompt],
-        ActivationCache(task.config, captured, bounds.params),
+        cache.with_inputs(np.asarray(tokens[:, :-1], np.int32), np.asarray(real[:, :-1], np.int32)),
     )
 
 

@@ -134,11 +134,12 @@ def _numbers(value: object) -> np.ndarray:
 
 def row_keys(seed: IntegersLike, batch: int) -> jax.Array:
     """[b] random keys: a different key for each row from one seed, or a key from the seed of each row."""
-    seeds = np.asarray(seed)
+    is_key = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
+    seeds, shown = (np.asarray(None), "a random key") if is_key else (np.asarray(seed), repr(seed))
     if not np.issubdtype(seeds.dtype, np.integer) or seeds.shape not in ((), (batch,)):
-        raise ValueError(f"seed is {seed!r}; it must be an integer, or one for each of {batch} rows")
+        raise ValueError(f"seed is {shown}; it must be an integer, or one for each of {batch} rows")
     if seeds.min() < -(2**31) or seeds.max() >= 2**32:
-        raise ValueError(f"seed is {seed!r}; it must fit 32 bits: from {-(2**31)} to {2**32 - 1}")
+        raise ValueError(f"seed is {shown}; it must fit 32 bits: from {-(2**31)} to {2**32 - 1}")
     if seeds.ndim:
         return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(int(seeds)), jnp.arange(batch))

@@ -14,7 +14,7 @@ from gemma3_jax.harvest.errors import StoreError
 from gemma3_jax.harvest.sources import Corpus, Item
 from gemma3_jax.hooked.chat import render_chat
 from gemma3_jax.hooked.protocol import Model
-from gemma3_jax.hooked.tokenizer import tokenizer_of
+from gemma3_jax.hooked.tokenizer import check_characters, tokenizer_of
 from gemma3_jax.inputs import as_array, as_int32, check_ids, special_id
 
 _AT_ONCE = 64  # documents that the tokenizer gets together: it uses every core
@@ -57,6 +57,10 @@ def _content(model: Model, item: Item, number: int) -> str | np.ndarray:
         except ValueError as error:
             raise StoreError(f"document {number} is bytes, and not UTF-8: {error}; map them to texts or ids") from error
     if isinstance(item, str):
+        try:
+            check_characters(item)
+        except ValueError as error:
+            raise StoreError(f"document {number} cannot be read: {error}") from None
         return item
     ids = np.asarray(as_array(item)) if isinstance(item, Sequence) or hasattr(item, "__array__") else None
     if ids is None or ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):

@@ -19,7 +19,7 @@ from gemma3_jax.cache.components import require_whole
 from gemma3_jax.hooked.buckets import bucket, in_bucket
 from gemma3_jax.hooked.cropping import cropped
 from gemma3_jax.hooks.tracing import Traced
-from gemma3_jax.inputs import Inputs
+from gemma3_jax.inputs import Inputs, section
 from gemma3_jax.run.forward import run
 from gemma3_jax.run.gradients import Metric, gradients
 from gemma3_jax.run.request import Output, Request
@@ -131,9 +131,7 @@ def checked_cut(
         raise ValueError(f"remove_batch_dim needs a batch of 1; this one has {b} rows")
     if pos_slice is None:
         return Cut(None, remove_batch_dim)
-    # An int means the slice of length 1 at this position.
-    chosen = pos_slice if isinstance(pos_slice, slice) else slice(pos_slice, pos_slice + 1 or None)
-    columns = np.arange(p, dtype=np.int32)[chosen]
+    columns = np.arange(p, dtype=np.int32)[section("pos_slice", pos_slice)]
     if not columns.size:
         raise ValueError(f"pos_slice does not select a position; the input has {p} positions")
     return Cut(columns, remove_batch_dim)

@@ -114,8 +114,9 @@ def run_with_cache(
         logits_at: compute logits only at these positions, [], [n] or [b, n]. They count from each row's first real
             token, and -1 is its last, as in `forward`.
         remove_batch_dim: drop the batch axis of the captured activations; the batch must be 1.
-        pos_slice: capture only these positions of every site with positions (an int keeps an axis of length 1).
-            They are taken on the device, and other positions do not recompile.
+        pos_slice: capture only these columns of every site with positions (an int keeps an axis of length 1).
+            They are taken on the device, and other columns do not recompile. In rows that are padded on the right,
+            -1 may be padding: `reductions.At(-1)` takes each row's last token.
         incl_bwd: also return the gradient of `loss_fn` at every captured site: `cache.grads[name]`. The first
             result is then the value of `loss_fn`. `grad_at` is the pure function for this.
         loss_fn: `loss_fn(logits) -> []`, any scalar; by default the mean next-token cross-entropy. With

@@ -15,7 +15,7 @@ import numpy as np
 
 from gemma3_jax.elsewhere import knows_arguments_from_elsewhere
 from gemma3_jax.hooked.protocol import Model
-from gemma3_jax.inputs import Inputs, as_array, check_ids, padding_mask, special_id, token_ids
+from gemma3_jax.inputs import Inputs, as_array, check_ids, known_ids, padding_mask, special_id, token_ids
 from gemma3_jax.positions import check_mask, packed_documents
 from gemma3_jax.run.request import embedding_head_of
 from gemma3_jax.run.selection import LOSSES, ReturnType
@@ -213,6 +213,8 @@ def embedding_ids(model: Model, texts: Sequence[str], prompt: str = "") -> list[
     wrong = [text for text in texts if not isinstance(text, str)]
     if wrong or not texts:
         raise ValueError(f"the list of texts has {wrong[0]!r}; give only texts" if wrong else "there are no texts")
+    for text in texts:
+        check_characters(text)
     length = head.max_length or min(tokenizer.model_max_length, model.config.max_position_embeddings)
     encoded = tokenizer([prompt + text for text in texts], truncation=True, max_length=length)
     return [list(row) for row in encoded["input_ids"]]
@@ -244,11 +246,23 @@ def padded(
 def ids_of(model: Model, text: str, prepend_bos: bool) -> list[int]:
     if not isinstance(text, str):
         raise ValueError(f"the list of texts has {text!r}; give only texts, or only ids")
+    check_characters(text)
     ids = list(tokenizer_of(model)(text, add_special_tokens=False)["input_ids"])
     if not prepend_bos or model.config.bos_token_id is None:
         return ids
     bos = special_id(model.config, "bos_token_id")
     return ids if ids[:1] == [bos] else [bos, *ids]
+
+
+def check_characters(text: str) -> None:
+    """Raise ValueError for half of a surrogate pair, which is not a character, so that no tokenizer can read it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"a text has {text[error.start]!r} at index {error.start}, a lone surrogate, which is not a character; "
+            "read the file with errors='replace'"
+        ) from None
 
 
 def spelled_tokens(model: Model, ids: Iterable[int]) -> list[str]:
@@ -257,7 +271,7 @@ def spelled_tokens(model: Model, ids: Iterable[int]) -> list[str]:
 
 def _decodable(model: Model, tokens: IntegersLike) -> np.ndarray:
     """Ids on the host, after a check that they are integers that the model or its tokenizer has."""
-    ids = np.asarray(as_array(tokens))
+    ids = known_ids(tokens)
     if ids.size and not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"token ids are {ids.dtype}; they must be integers")
     tokenizer: Any = tokenizer_of(model)

@@ -284,6 +284,14 @@ class Noise(OfValues):
     scale: ArrayLike
     relative: bool = flax.struct.field(pytree_node=False, default=False)
 
+    def check(self, names: Sequence[str], config: Gemma3Config, extent: Extent, new: int = 0) -> None:
+        """Raise ValueError at token ids, and for something else than a random key."""
+        super().check(names, config, extent, new)
+        dtype = getattr(self.key, "dtype", np.dtype(object))
+        raw = dtype == np.uint32 and self.key.ndim  # as jax.random.PRNGKey makes it
+        if not raw and not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+            raise ValueError(f"edits.Noise at {names[0]} has key {self.key!r}; it must be jax.random.key(seed)")
+
     def values(self) -> PyTree:
         """The key is not a value."""
         return self.scale

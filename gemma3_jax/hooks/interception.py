@@ -14,6 +14,7 @@ around a function that is already jitted, JAX silently ignores it.
 import dataclasses
 import functools
 import re
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -210,6 +211,20 @@ def as_pytree(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
     """A callable as a pytree: a plain function becomes a `Partial` without leaves."""
     plain = callable(function) and jax.tree_util.all_leaves([function])
     return jax.tree_util.Partial(function) if plain else function
+
+
+def check_callable(function: object, what: str, remedy: str) -> None:
+    """Raise TypeError for an edit or a reduction that is not callable, or that is a class and not an instance of it.
+
+    >>> check_callable(3, "edit at hook_embed", "an edit is a callable, edit(value, hook) -> value")
+    Traceback (most recent call last):
+    TypeError: the edit at hook_embed is 3; an edit is a callable, edit(value, hook) -> value
+    """
+    if isinstance(function, type):
+        name = function.__name__
+        raise TypeError(f"the {what} is the class {name}; it must be an instance of it: {name}(...)")
+    if not callable(function):
+        raise TypeError(f"the {what} is {reprlib.repr(function)}; {remedy}")
 
 
 def call_edit(edit: Edit, value: jax.Array, hook: Hook) -> jax.Array:

@@ -30,7 +30,7 @@ from gemma3_jax.hooks.edits import FromRow, OfValues, ReadyMade
 from gemma3_jax.hooks.interception import Edit, Hook, InLayout, Phase, Reading
 from gemma3_jax.hooks.restrictions import Index, Only, as_index
 from gemma3_jax.hooks.tracing import Traced
-from gemma3_jax.inputs import as_array
+from gemma3_jax.inputs import as_array, lists_as_arrays
 from gemma3_jax.positions import Extent
 from gemma3_jax.sites.table import HEAD_COPIES, site
 
@@ -113,6 +113,17 @@ def indices_of(edit: Edit) -> list[dict[str, Index]]:
     """The indices of an edit by the name of their restriction; `FromRow` has "rows"."""
     only = [restrictions.restrictions_of(each) for each in nested(edit) if isinstance(each, Only)]
     return only + [{"rows": each.row} for each in nested(edit) if isinstance(each, FromRow)]
+
+
+def without_lists(edit: Edit, where: str) -> Edit:
+    """A ready-made edit at a site with arrays in place of lists of numbers.
+
+    Raises:
+        ValueError: it has something else than numbers.
+    """
+    if isinstance(edit, Only):
+        return dataclasses.replace(edit, edit=without_lists(edit.edit, where))
+    return lists_as_arrays(edit, f"edits.{type(edit).__name__} at {where}") if _is_ready(edit) else edit
 
 
 def with_arrays(edit: Edit) -> Edit:

@@ -32,10 +32,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 from gemma3_jax.compute.matmul import matmul
 from gemma3_jax.descriptions import call_text
-from gemma3_jax.hooks.interception import Hook, as_pytree, at_least_float32
+from gemma3_jax.hooks.interception import Hook, as_pytree, at_least_float32, check_callable
 from gemma3_jax.hooks.restrictions import Index, as_index, check_range
 from gemma3_jax.hooks.tracing import Traced
-from gemma3_jax.inputs import as_array
+from gemma3_jax.inputs import as_array, integer, lists_as_arrays
 from gemma3_jax.positions import Extent, columns_at
 from gemma3_jax.sites.names import Match
 from gemma3_jax.sites.table import token_axis
@@ -192,12 +192,15 @@ class TopK:
 
     def __call__(self, value: jax.Array, hook: Hook) -> TopValues:
         """`TopValues` in the dtype of `value`."""
-        if not 1 <= self.k <= value.shape[-1]:
+        if not 1 <= integer("k", self.k) <= value.shape[-1]:
             raise ValueError(f"k is {self.k}; the last axis has {value.shape[-1]} features")
         # Use float32, which keeps the order. XLA:CPU sorts all features of narrower dtypes, which takes 14 times as
         # long.
         values, indices = jax.lax.top_k(value.astype(at_least_float32(value.dtype)), self.k)
         return TopValues(values.astype(value.dtype), indices)
+
+
+_READY = At, Mean, Project, Cast, Int8, TopK
 
 
 @flax.struct.dataclass
@@ -230,27 +233,25 @@ def as_steps(given: Reduction | Sequence[Reduction] | None, match: Match, extent
     """
     if given is None or isinstance(given, Steps):
         return given
-    steps = tuple(given) if isinstance(given, Sequence) else (given,)
+    steps = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
     if sum(isinstance(step, At | Mean) for step in steps) > 1:
         raise ValueError(f"the reductions at {match.name} choose positions twice; give one At or Mean")
     for step in steps:
-        if not callable(step):
-            raise TypeError(
-                f"the reduction at {match.name} is {step!r}; it must be a callable, function(value, hook) -> arrays, "
-                "several in a list, or None to keep the value"
-            )
+        remedy = "it must be a callable, function(value, hook) -> arrays, several in a list, or None to keep the value"
+        check_callable(step, f"reduction at {match.name}", remedy)
     placed = (_placed(step, match.name, extent) if isinstance(step, At) else _as_pytree(step) for step in steps)
     return Steps(tuple(placed), match.layout) if steps else None
 
 
 def is_ready(steps: Steps | Traced) -> bool:
     """Whether all reductions are those of this module, which read only their own arrays. A subclass may read more."""
-    return isinstance(steps, Traced) or all(type(step) in (At, Mean, Project, Cast, Int8, TopK) for step in steps.steps)
+    return isinstance(steps, Traced) or all(type(step) in _READY for step in steps.steps)
 
 
 def _as_pytree(step: Reduction) -> Reduction:
     """The reduction as a pytree, with arrays in place of torch tensors."""
     tree: Reduction = jax.tree.map(as_array, as_pytree(step))
+    tree = lists_as_arrays(tree, f"reductions.{_name_of(step)}") if type(step) in _READY else tree
     return tree
 
 

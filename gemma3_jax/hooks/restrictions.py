@@ -13,7 +13,7 @@ import numpy as np
 
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.descriptions import call_text
-from gemma3_jax.hooks.interception import Edit, Hook, Phase, as_pytree
+from gemma3_jax.hooks.interception import Edit, Hook, Phase, as_pytree, check_callable
 from gemma3_jax.inputs import as_int32
 from gemma3_jax.positions import Extent, at_positions
 from gemma3_jax.sites.names import layer_of
@@ -132,8 +132,7 @@ def only(
     >>> ablate = edits.only(edits.Replace(0.0), layer=1, heads=[1, 2])
     >>> logits = model.run_with_hooks("ba ke lo ba ke", [("blocks.*.attn.hook_z", ablate)])
     """
-    if not callable(edit):
-        raise TypeError(f"the edit is {edit!r}; an edit is a callable, edit(value, hook) -> value")
+    check_callable(edit, "edit", "an edit is a callable, edit(value, hook) -> value")
     named = {"layer": layer, "positions": positions, "heads": heads, "rows": rows, "features": features, "keys": keys}
     indices = {name: as_index(name, x, name != "layer") for name, x in named.items() if x is not None}
     if phase not in (None, *get_args(Phase)):

@@ -181,6 +181,8 @@ def scalar(value: ArrayLike) -> jax.Array:
     Raises:
         ValueError: the result is not one real number.
     """
+    if value is None:
+        raise ValueError("the metric returned None; it must return the number")
     array = jnp.asarray(value)
     if array.shape or not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f"the metric returned {array.dtype} of shape {array.shape}; a gradient needs one real number")

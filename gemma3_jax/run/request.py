@@ -6,7 +6,6 @@ Axes: b batch, p position, n chosen positions, d hidden_size.
 from __future__ import annotations
 
 import logging
-import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias, get_args
@@ -22,7 +21,7 @@ from gemma3_jax.hooks.longer import Longer
 from gemma3_jax.hooks.needs import phases
 from gemma3_jax.hooks.reductions import At, Steps
 from gemma3_jax.hooks.tracing import Traced
-from gemma3_jax.inputs import as_array, as_int32, one_input, padding_mask, token_ids
+from gemma3_jax.inputs import as_array, as_int32, integer, one_input, padding_mask, token_ids
 from gemma3_jax.model.past import Past
 from gemma3_jax.positions import BY_COLUMN, Extent, check_mask, columns_at, packed_documents
 from gemma3_jax.run.loss import check_labels
@@ -186,6 +185,7 @@ def new_request(
     source: Integers
     if tokens is None:
         source = jnp.asarray(given)
+        _check_floats(config, source)
     elif np.ndim(tokens) != 2:
         raise ValueError(f"tokens have shape {np.shape(tokens)}; they must be [b, p]")
     else:
@@ -196,12 +196,12 @@ def new_request(
     positions, segment_ids, labels = (
         _integers(*pair) for pair in (("positions", positions), ("segment_ids", segment_ids), ("labels", labels))
     )
-    _check_shapes(config, source, attention_mask=mask, positions=positions, segment_ids=segment_ids, labels=labels)
+    _check_shapes(source, attention_mask=mask, positions=positions, segment_ids=segment_ids, labels=labels)
     _check_loss(config, source, labels, return_type, stop_at_layer, logits_at)
     first_layer = start_at_layer if isinstance(start_at_layer, jax.core.Tracer) else None
-    known_start = None if first_layer is not None or start_at_layer is None else operator.index(start_at_layer)
+    known_start = None if first_layer is not None else _layer("start_at_layer", start_at_layer)
     start_at_layer = known_start if first_layer is None else first_layer
-    stop_at_layer = None if stop_at_layer is None else operator.index(stop_at_layer)
+    stop_at_layer = _layer("stop_at_layer", stop_at_layer)
     _check_extent(config, source, start_at_layer, stop_at_layer, return_type)
     if return_type == "embedding":
         _check_embedding(config, segment_ids, positions, mask, stop_at_layer, logits_at, past)
@@ -232,6 +232,10 @@ def new_request(
     )
 
 
+def _layer(name: str, layer: object) -> int | None:
+    return None if layer is None else integer(name, layer)
+
+
 def _integers(name: str, x: IntegersLike | None) -> Integers | None:
     if x is None:
         return None
@@ -245,13 +249,16 @@ def _on_host(x: ArrayLike) -> Integers:
     return x if isinstance(x, jax.core.Tracer) else np.asarray(as_array(x))
 
 
-def _check_shapes(config: Gemma3Config, source: Integers, **arrays: Integers | None) -> None:
-    is_tokens = jnp.issubdtype(source.dtype, jnp.integer)
-    if not is_tokens and (source.ndim != 3 or source.shape[2] != config.hidden_size):
+def _check_floats(config: Gemma3Config, embeds: jax.Array) -> None:
+    floats = jnp.issubdtype(embeds.dtype, jnp.floating)
+    if not floats or embeds.ndim != 3 or embeds.shape[2] != config.hidden_size:
         raise ValueError(
-            f"inputs_embeds are {source.dtype} of shape {source.shape}; they must be floats "
+            f"inputs_embeds are {embeds.dtype} of shape {embeds.shape}; they must be floats "
             f"[b, p, {config.hidden_size}]"
         )
+
+
+def _check_shapes(source: Integers, **arrays: Integers | None) -> None:
     if not source.size:
         raise ValueError(f"the input has shape {source.shape}; it must have at least one token")
     for name, array in arrays.items():
@@ -273,6 +280,13 @@ def _check_extent(
     for name, layer in (("start_at_layer", start_at_layer), ("stop_at_layer", stop_at_layer)):
         if isinstance(layer, int) and not -layers <= layer <= layers:
             raise ValueError(f"{name} is {layer}; the model has {layers} layers")
+    if isinstance(start_at_layer, int) and stop_at_layer is not None:
+        first, last = (layer + layers if layer < 0 else layer for layer in (start_at_layer, stop_at_layer))
+        if first > last:
+            raise ValueError(
+                f"start_at_layer is {start_at_layer}, after stop_at_layer {stop_at_layer}: no block would run, and the "
+                "result would not be the stream that enters that layer"
+            )
     if start_at_layer is not None and is_tokens:
         raise ValueError("start_at_layer needs inputs_embeds: the residual stream [b, p, d] entering that layer")
 

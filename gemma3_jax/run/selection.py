@@ -8,8 +8,8 @@ from typing import Any, Literal
 import jax
 
 from gemma3_jax.config import Gemma3Config
-from gemma3_jax.hooks.interception import Edit
-from gemma3_jax.hooks.needs import check, in_layout, with_arrays
+from gemma3_jax.hooks.interception import Edit, check_callable
+from gemma3_jax.hooks.needs import check, in_layout, with_arrays, without_lists
 from gemma3_jax.hooks.reductions import Reduction, Steps, as_steps
 from gemma3_jax.positions import Extent
 from gemma3_jax.sites.names import Match, described, layer_of, select, site_names
@@ -44,7 +44,7 @@ def captures(
             same site; or the input does not have the positions of a reduction.
     """
     if not isinstance(capture, Mapping):
-        names = [capture] if isinstance(capture, str) or callable(capture) else capture
+        names = capture if isinstance(capture, Iterable) and not isinstance(capture, str | bytes) else [capture]
         ends = start_at_layer, stop_at_layer, return_type
         kept = {match.name: None for name in names for match in _running(config, name, *ends)}
         return _in_order(config, kept, start_at_layer)
@@ -94,7 +94,7 @@ def placed_edits(
     placed: dict[str, tuple[Edit, ...]] = {}
     for key, several in _pairs(edits):
         matched: dict[str, tuple[Edit, ...]] = {}
-        for edit in several if isinstance(several, Sequence) else (several,):
+        for edit in several if isinstance(several, Sequence) and not isinstance(several, str) else (several,):
             for name, each in _placed(config, key, edit, extent, start_at_layer, stop_at_layer, new, return_type):
                 matched[name] = (*matched.get(name, ()), each)
         if isinstance(edits, Mapping):  # jit sorts a mapping, so the order of its keys is lost
@@ -135,9 +135,10 @@ def _placed(
     return_type: ReturnType,
 ) -> list[tuple[str, Edit]]:
     """The (canonical name, edit) pairs for an edit with a name, glob, list or predicate."""
+    where = described(key) if callable(key) else key
+    check_callable(edit, f"edit at {where}", "an edit is a callable, edit(value, hook) -> value")
     matches = _running(config, key, start, stop, return_type)
-    if not callable(edit):
-        raise TypeError(f"the edit at {matches[0].name} is {edit!r}; an edit is a callable, edit(value, hook) -> value")
+    edit = without_lists(edit, matches[0].name)
     check(edit, [match.name for match in matches], config, extent, new)
     edit = with_arrays(edit)
     return [(match.name, edit if match.layout is None else in_layout(edit, match.layout)) for match in matches]
@@ -164,7 +165,10 @@ def _running(
     config: Gemma3Config, key: Capture, start: int | jax.Array | None, stop: int | None, return_type: ReturnType
 ) -> list[Match]:
     """The sites of a key that a run of these layers reaches."""
-    matches = [match for match in select(key, config) if runs(config, match.name, start, stop, return_type)]
+    selected = select(key, config)
+    if not selected:
+        raise ValueError(f"{key!r} has no names of sites")
+    matches = [match for match in selected if runs(config, match.name, start, stop, return_type)]
     if not matches:
         if stop is None:
             config.check_logits()  # the sites after the last block

@@ -7,6 +7,7 @@ with `.input` or `.output`, which nnsight users and published sparse autoencoder
 import dataclasses
 import difflib
 import functools
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
@@ -112,6 +113,8 @@ def resolve(name: str, config: Gemma3Config) -> Match:
     match = known.get(_one_prefix(name))
     if match is None:
         hint = _nearest(_one_prefix(name), known)
+        if any(name == entry.short and entry.in_block for entry in _shorthands()):
+            hint = f"for the shorthand of one layer, write get_act_name({name!r}, layer)"
         raise UnknownSite(f"no site is named {name!r} in this model of {config.num_hidden_layers} layers; {hint}")
     return match
 
@@ -200,9 +203,8 @@ def select(wanted: str | Iterable[str] | Callable[[str], bool], config: Gemma3Co
 
     Raises:
         UnknownSite: a name, a glob or a predicate does not match a site.
+        TypeError: it is none of these.
     """
-    if isinstance(wanted, str):
-        wanted = (wanted,)
     if callable(wanted):
         known = _aliases(config)
         chosen = [m for name, m in known.items() if not name.startswith(("model.", "lm_head.")) and wanted(name)]
@@ -211,11 +213,22 @@ def select(wanted: str | Iterable[str] | Callable[[str], bool], config: Gemma3Co
                 f"the predicate {described(wanted)} does not match a site; `gemma3-jax sites` lists all sites"
             )
     else:
-        chosen = [match for name in wanted for match in _expand(name, config)]
+        chosen = [match for name in _names_in(wanted) for match in _expand(name, config)]
     order = _order(config)
     # A match without a layout comes last, so that it overrides the same site under its Hugging Face path.
     by_name = {match.name: match for match in sorted(chosen, key=lambda match: match.layout is None)}
     return tuple(sorted(by_name.values(), key=lambda match: order[match.name]))
+
+
+def _names_in(wanted: str | Iterable[str]) -> list[str]:
+    """The names and globs, after a check that they are text."""
+    names = list(wanted) if isinstance(wanted, Iterable) and not isinstance(wanted, str | bytes) else [wanted]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"{wanted!r} does not name sites: give a name, a glob, a list of these or a predicate; "
+            "get_act_name(name, layer) makes a name of TransformerLens' shorthand"
+        )
+    return names
 
 
 def described(function: Callable[..., object]) -> str:
@@ -284,6 +297,10 @@ def _checked_layer(layer: int | None, config: Gemma3Config | None) -> int | None
     """The layer index counted from the first block."""
     if layer is None:
         return None
+    try:
+        layer = operator.index(layer)
+    except TypeError:
+        raise UnknownSite(f"layer {layer!r} is not an integer") from None
     layers = None if config is None else config.num_hidden_layers
     if layers is None and layer < 0:
         raise UnknownSite(f"layer {layer} counts from the end: also pass the model's config")

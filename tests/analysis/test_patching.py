@@ -182,6 +182,7 @@ def test_padding():
         ("resid_pre", ("layer", "head"), "no axis 'head'"),
         ("resid_pre", ("pos", "layer"), "must begin with 'layer'"),
         ("z", ("layer", "pos", "pos"), "name each axis once"),
+        ("z", ("layer", "position"), "of \\('layer', 'pos', 'head', 'src_pos'\\)"),
         ("residual", ("layer", "pos"), "does not match a site"),
     ],
 )

@@ -138,6 +138,16 @@ def test_shorthands_that_mean_nothing_or_too_much(shorthand, said):
     assert shorthand not in everything()
 
 
+@pytest.mark.parametrize("key", [3, None, (), (1, 2), ("resid_pre", 1.0), ("resid_pre", "1")])
+def test_what_is_no_name(key):
+    """Is absent, and an error that says so; a layer that is not an integer is none, with a config or without."""
+    assert key not in everything()
+    with pytest.raises(UnknownSite, match=r"does not name a site|is not an integer"):
+        everything()[key]
+    with pytest.raises(UnknownSite, match=r"layer 1\.0 is not an integer"):
+        get_act_name("q", 1.0)
+
+
 def test_the_end_is_not_known_without_a_config():
     """get_act_name by itself takes layers from the start only."""
     with pytest.raises(UnknownSite, match="config"):
@@ -227,6 +237,8 @@ def test_slices_that_select_nothing():
     for options in ({"positions": P}, {"positions": -P - 1}, {"positions": slice(4, 4)}, {"batch": 2}):
         with pytest.raises(ValueError, match="selects none of the"):
             cache.sliced(**options)
+    with pytest.raises(TypeError, match=r"positions is \[0, 2\]; it must be an integer or a slice"):
+        cache.sliced(positions=[0, 2])
     alone = cache.sliced(batch=0).remove_batch_dim()
     with pytest.raises(ValueError, match="no batch axis"):
         alone.sliced(batch=0)

@@ -26,6 +26,10 @@ def test_every_site_is_captured_as_in_a_forward():
         expected = at_real_tokens(name, theirs[name], real)
         assert value.shape == expected.shape, name
         assert difference(at_real_tokens(name, value, real), expected) < BAR, name
+    # The cache knows its tokens, which end before the last new one.
+    np.testing.assert_array_equal(found.cache.tokens, np.asarray(found.tokens)[:, :-1])
+    name = "blocks.2.hook_out"
+    np.testing.assert_array_equal(found.cache.real(name), np.asarray(found.cache[name])[real])
     # control: a column further is another value
     name = "blocks.2.hook_out"
     assert difference(found.cache[name][:, :-1], theirs[name][:, 1:-1]) > 0.1

@@ -269,7 +269,7 @@ def test_a_filter_without_a_temperature_is_refused(name, temperature):
     sampling(2, temperature=temperature, repetition_penalty=1.2)  # which greedy tokens obey
 
 
-@pytest.mark.parametrize("seed", [1.5, "one", [1, 2, 3], None])
+@pytest.mark.parametrize("seed", [1.5, "one", [1, 2, 3], None, jax.random.key(0)])
 def test_seeds_are_integers(seed):
     """One, or one for each row."""
     with pytest.raises(ValueError, match="seed is"):
