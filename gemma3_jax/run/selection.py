@@ -135,8 +135,11 @@ def _placed(
     return_type: ReturnType,
 ) -> list[tuple[str, Edit]]:
     """The (canonical name, edit) pairs for an edit with a name, glob, list or predicate."""
+    remedy = "an edit is a callable, edit(value, hook) -> value"
+    if callable(key):  # in a pair the wrong way round, it is the edit, and no predicate
+        check_callable(edit, f"edit at {described(key)}", remedy)
     matches = _running(config, key, start, stop, return_type)
-    check_callable(edit, f"edit at {matches[0].name}", "an edit is a callable, edit(value, hook) -> value")
+    check_callable(edit, f"edit at {matches[0].name}", remedy)
     edit = without_lists(edit, matches[0].name)
     check(edit, [match.name for match in matches], config, extent, new)
     edit = with_arrays(edit)
