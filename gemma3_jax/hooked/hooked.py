@@ -30,7 +30,7 @@ from gemma3_jax.hooked.loading import load
 from gemma3_jax.hooked.requests import CaptureOptions, RunOptions, request_of, traced_metric
 from gemma3_jax.hooked.rows import rows_on_mesh, with_more_rows
 from gemma3_jax.hooked.tokenizer import Input
-from gemma3_jax.inputs import Inputs
+from gemma3_jax.inputs import Inputs, check_config
 from gemma3_jax.meshes import mesh_of
 from gemma3_jax.model.layout import is_stacked, stack_and_empty, stack_layers
 from gemma3_jax.placing.parameters import param_shardings, place
@@ -93,6 +93,7 @@ class HookedGemma3(Described):
         scan_layers: bool = False,
         mesh: Mesh | None = None,
     ):
+        check_config(config)
         self.config = config
         self.params = stack_layers(config, params) if scan_layers else params
         if mesh is not None:
