@@ -135,9 +135,11 @@ def _placed(
     return_type: ReturnType,
 ) -> list[tuple[str, Edit]]:
     """The (canonical name, edit) pairs for an edit with a name, glob, list or predicate."""
-    where = described(key) if callable(key) else key
-    check_callable(edit, f"edit at {where}", "an edit is a callable, edit(value, hook) -> value")
+    remedy = "an edit is a callable, edit(value, hook) -> value"
+    if callable(key):  # before it is called: it may be the edit of a pair in the wrong order
+        check_callable(edit, f"edit at {described(key)}", remedy)
     matches = _running(config, key, start, stop, return_type)
+    check_callable(edit, f"edit at {matches[0].name}", remedy)
     edit = without_lists(edit, matches[0].name)
     check(edit, [match.name for match in matches], config, extent, new)
     edit = with_arrays(edit)
