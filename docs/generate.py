@@ -209,7 +209,8 @@ These things differ:
   `{{name: cache[name] for name in names}}`.
 - `np.save` loses the type of bfloat16: NumPy does not have it, and `np.load` returns `|V2`. `cache.save(file)` and
   `ActivationCache.load(file)` keep it; `cache.numpy(dtype="float32")` makes arrays that NumPy can write.
-- An index out of range raises an error, as in torch. Plain JAX would use the nearest element.
+- An index out of range raises an error, as in torch. In `forward` and `grad_at`, functions are plain JAX, which uses
+  the nearest element or drops the update.
 - Texts are padded on the tokenizer's side, which is left for Gemma, so `logits[:, -1]` belongs to each text's last
   token. `HookedGemma3` masks token ids that begin or end with padding, unless you give `attention_mask` or the
   ids are traced by your own `jit`.

@@ -84,6 +84,28 @@ def integer(name: str, value: object) -> int:
         raise TypeError(f"{name} is {value!r}; it must be an integer") from None
 
 
+def check_config(config: object) -> None:
+    """Raise TypeError for something else than a `Gemma3Config`."""
+    if not isinstance(config, Gemma3Config):
+        raise TypeError(
+            f"config is a {type(config).__name__}; it must be a Gemma3Config, which comes before params; "
+            "Gemma3Config.from_hf(config) makes one of Hugging Face's"
+        )
+
+
+def positive(name: str, value: object) -> int:
+    """An integer of at least 1, as an int.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is less than 1.
+    """
+    number = integer(name, value)
+    if number < 1:
+        raise ValueError(f"{name} is {number}; it must be at least 1")
+    return number
+
+
 def section(name: str, index: int | slice) -> slice:
     """The slice of an axis that an int, which keeps an axis of length 1, or a slice means.
 

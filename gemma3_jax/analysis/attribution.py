@@ -24,7 +24,7 @@ from gemma3_jax.hooked.requests import request_of, traced_metric
 from gemma3_jax.hooked.tokenizer import Input
 from gemma3_jax.hooks.edits import Replace
 from gemma3_jax.hooks.tracing import Traced
-from gemma3_jax.inputs import as_array, integer
+from gemma3_jax.inputs import as_array, positive
 from gemma3_jax.run.compiled import run_compiled
 from gemma3_jax.run.forward import run
 from gemma3_jax.run.gradients import Metric, differentiable, gradients, scalar
@@ -222,8 +222,7 @@ def integrated_gradients(
     >>> shares.shape == (1, 6, model.config.hidden_size)
     True
     """
-    if integer("steps", steps) < 1:
-        raise ValueError(f"steps is {steps}; it must be at least 1")
+    steps = positive("steps", steps)
     match = resolve(name, model.config)
     if site(match.name).dtype == "int32" or match.layout is not None:
         raise ValueError(

@@ -22,7 +22,7 @@ from gemma3_jax.hooked.cropping import shortened
 from gemma3_jax.hooked.hooked import HookedGemma3
 from gemma3_jax.hooked.requests import request_of
 from gemma3_jax.hooked.tokenizer import Input
-from gemma3_jax.inputs import token_ids
+from gemma3_jax.inputs import integer, positive, token_ids
 from gemma3_jax.renamed import renamed
 from gemma3_jax.run.compiled import run_compiled
 from gemma3_jax.run.forward import forward, run
@@ -138,7 +138,13 @@ def lens_table(model: HookedGemma3, lens: LogitLens, row: int = 0) -> tuple[list
     Returns:
         Strings [L][p][k], the most likely first, and their probabilities [L, p, k] float32. Where the logits are NaN or
         infinite, the strings are "NaN".
+
+    Raises:
+        ValueError: the lens does not have that row.
     """
+    rows = lens.tokens.shape[1]
+    if not -rows <= integer("row", row) < rows:
+        raise ValueError(f"row is {row}; the lens has {rows} rows")
     tokens, log_probs = jax.device_get((lens.tokens[:, row], lens.log_probs[:, row]))
     spelled = [[["NaN"] * len(best) if best[0] < 0 else model.to_str_tokens(best) for best in site] for site in tokens]
     return spelled, np.exp(log_probs)  # type: ignore[return-value]
@@ -262,13 +268,17 @@ def _token(model: HookedGemma3, token: IntegersLike) -> IntegersLike:
     return model.to_single_token(token) if isinstance(token, str) else token
 
 
+def check_k(config: Gemma3Config, k: int) -> None:
+    """Raise an error if the vocabulary does not have k tokens."""
+    if not 1 <= integer("k", k) <= config.vocab_size:
+        raise ValueError(f"k is {k}; it must be between 1 and the vocabulary's {config.vocab_size}")
+
+
 def _check(config: Gemma3Config, sites: tuple[str, ...], k: int, chunk_size: int) -> None:
     if not sites:
         raise ValueError("names_filter does not match a site; the logit lens needs at least one")
     for name in sites:
         if site(name).axes != "b p d":
             raise ValueError(f"{name} is [{site(name).axes}]; the logit lens reads sites of shape [b p d]")
-    if not 1 <= k <= config.vocab_size:
-        raise ValueError(f"k is {k}; it must be between 1 and the vocabulary's {config.vocab_size}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
+    check_k(config, k)
+    positive("chunk_size", chunk_size)

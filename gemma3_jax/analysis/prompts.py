@@ -17,13 +17,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gemma3_jax.analysis.lens import LensArrays, read_rows
+from gemma3_jax.analysis.lens import LensArrays, check_k, read_rows
 from gemma3_jax.descriptions import Described, Description
 from gemma3_jax.hooked.buckets import longest
 from gemma3_jax.hooked.cropping import shortened
 from gemma3_jax.hooked.hooked import HookedGemma3
 from gemma3_jax.hooked.requests import request_of
 from gemma3_jax.hooked.tokenizer import Input
+from gemma3_jax.inputs import positive
 from gemma3_jax.positions import packed_documents
 from gemma3_jax.run.compiled import run_compiled
 from gemma3_jax.run.forward import run
@@ -116,8 +117,7 @@ def test_prompt(
     >>> result.ranks.tolist(), [tokens[0] for tokens in result.top_tokens]
     ([0, 0], ['lo', 'mu'])
     """
-    if not 1 <= k <= model.config.vocab_size:
-        raise ValueError(f"k is {k}; it must be between 1 and the vocabulary's {model.config.vocab_size}")
+    check_k(model.config, k)
     for name, text in (("prompt", prompt), ("answer", answer)):
         if not isinstance(text, str):
             raise ValueError(f"{name} is {text!r}; it must be one text (model.to_string makes texts of ids)")
@@ -184,8 +184,7 @@ def loss_per_token(
     inputs = model.inputs(input, attention_mask, return_type="loss", labels=labels)
     if inputs.tokens.shape[1] < 2:
         raise ValueError("the input has one token; a loss needs a token before it, so give at least two")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
+    positive("chunk_size", chunk_size)
     request = request_of(model, inputs, return_type="loss")
     wide, _ = longest(model.params, request)
     losses = run_compiled(_losses, model.params, wide, chunk_size=chunk_size)

@@ -85,17 +85,20 @@ class Gemma3Config(Described):
         """Whether logits may be computed: not for the first layers of a larger model, unless they are allowed."""
         return self.truncated_from is None or self.allow_truncated_logits
 
-    def check_logits(self) -> None:
-        """Raise if logits may not be computed.
+    def check_logits(self, remedy: str | None = None) -> None:
+        """Raise if logits may not be computed; the message has a remedy, by default that for a run.
 
         Raises:
             ValueError: the config has only the first layers of a model.
         """
         if not self.has_logits:
+            run = (
+                "give return_type=None to capture activations, or stop_at_layer for the residual stream; "
+                "allow_truncated_logits=True, in from_pretrained or the config, computes them anyway"
+            )
             raise ValueError(
                 f"only the first {self.num_hidden_layers} of {self.truncated_from} layers are loaded, so the logits "
-                "would not be the model's; give return_type=None to capture activations, or stop_at_layer for the "
-                "residual stream; allow_truncated_logits=True, in from_pretrained or the config, computes them anyway"
+                f"would not be the model's; {remedy or run}"
             )
 
     @property

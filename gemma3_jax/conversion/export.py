@@ -76,7 +76,7 @@ def export_checkpoint(
         check_tokenizer(tokenizer)
 
     in_first(check)
-    config.check_logits()
+    config.check_logits("dataclasses.replace(config, allow_truncated_logits=True) writes a checkpoint of these layers")
     number = isinstance(max_shard_size, int | np.integer) and not isinstance(max_shard_size, bool)
     if not (isinstance(max_shard_size, str) or (number and max_shard_size > 0)):
         raise CheckpointError(f'max_shard_size is {max_shard_size!r}; give bytes, at least 1, or text such as "5GB"')

@@ -22,7 +22,7 @@ from gemma3_jax.descriptions import Described, Description
 from gemma3_jax.features.activations import Activation
 from gemma3_jax.features.largest import largest
 from gemma3_jax.features.normalizations import Normalization
-from gemma3_jax.inputs import as_array
+from gemma3_jax.inputs import as_array, integer
 from gemma3_jax.meshes import set_mesh_of
 from gemma3_jax.types import PyTree
 
@@ -230,7 +230,7 @@ def on_mesh_of(W_enc: PyTree, x: PyTree) -> contextlib.AbstractContextManager[ob
 
 def check_k(k: int, width: int) -> None:
     """Raise a ValueError if a token does not have k features."""
-    if not 1 <= k <= width:
+    if not 1 <= integer("k", k) <= width:
         raise ValueError(f"k is {k}; it must be at least 1, and at most the width, {width}")
 
 

@@ -65,12 +65,17 @@ def in_bucket_or_exact(
     found = in_bucket(params, request, metric)
     if found is None or cut.rows is not None:
         return compiled(request, cut, metric)
-    kept = request.source.shape[1]
+    kept, wide = request.source.shape[1], cut
     if cut.columns is not None:
         kept = len(cut.columns)
         extra = bucket(kept, shortest=1) - kept
-        cut = dataclasses.replace(cut, columns=np.pad(cut.columns, (0, extra), mode="edge"))
-    return cropped(compiled(found[0], cut, found[1]), request, kept)
+        wide = dataclasses.replace(cut, columns=np.pad(cut.columns, (0, extra), mode="edge"))
+    try:
+        return cropped(compiled(found[0], wide, found[1]), request, kept)
+    except (TypeError, ValueError) as error:
+        failed = error
+    compiled(request, cut, metric)  # raises the same error, with the shapes of the prompt in its message
+    raise failed
 
 
 def run_and_cut(params: Params, request: Request, cut: Cut) -> tuple[Output, ActivationCache]:

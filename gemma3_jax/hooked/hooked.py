@@ -26,6 +26,7 @@ from gemma3_jax.hooked.description import describe
 from gemma3_jax.hooked.loading import load
 from gemma3_jax.hooked.requests import RunOptions
 from gemma3_jax.hooked.tokenizer import Input
+from gemma3_jax.inputs import check_config
 from gemma3_jax.meshes import mesh_of
 from gemma3_jax.model.layout import is_stacked, stack_and_empty, stack_layers
 from gemma3_jax.placing.parameters import param_shardings, place
@@ -86,6 +87,7 @@ class HookedGemma3(Described):
         scan_layers: bool = False,
         mesh: Mesh | None = None,
     ):
+        check_config(config)
         self.config = config
         self.params = stack_layers(config, params) if scan_layers else params
         if mesh is not None:

@@ -89,8 +89,10 @@ class Hook:
     Attributes:
         name: canonical site name, such as "blocks.5.hook_out" (static).
         layer: block index, or None outside the blocks (static).
-        positions: [b, p] int32, the absolute position of every token. With `logits_at`, at the unembedding this covers
-            only the chosen tokens: positions, mask and segment ids then have shape [b, n].
+        positions: [b, p] int32, the absolute position of every token. Padding has positions, too: 0 on the left, and
+            those after the text on the right. Leave it out with `attention_mask`, as `edits.only` does. With
+            `logits_at`, at the unembedding this covers only the chosen tokens: positions, mask and segment ids then
+            have shape [b, n].
         attention_mask: [b, p], 1 at real tokens; None if all tokens are real.
         segment_ids: [b, p] int32, the document of each token, numbered from 0 in each row; documents may be given or
             inferred from positions. None if each row is one text. Positions restart in each document.

@@ -138,7 +138,8 @@ def forward(
         edits: for each name or glob, an edit, or several edits to apply in order; or (name, edit) pairs, or one pair.
             An edit is `edit(value, hook) -> value`: a function, a `jax.tree_util.Partial` or a `flax.struct.dataclass`
             with `__call__`. `hook` is a `gemma3_jax.Hook`. Captures are taken after the edits of the same site. Under a
-            Hugging Face path the edit sees the value in Hugging Face's layout.
+            Hugging Face path the edit sees the value in Hugging Face's layout. Your own functions are plain JAX here,
+            where an index out of range reads the nearest entry or drops the update; `HookedGemma3` raises an error.
         attention_mask: [b, p], 1 at real tokens and 0 at padding, to which no token attends. None runs padding as text,
             as in Hugging Face, and a log message names the row.
         positions: [b, p] integer positions for the rotary embedding, by default as above. Without `attention_mask`,

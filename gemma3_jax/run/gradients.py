@@ -61,7 +61,8 @@ def grad_at(
         tokens: [b, p] integer ids.
         capture: sites of the gradients. Globs leave out token ids, which do not have a gradient.
         metric: `metric(logits) -> []`; by default the mean next-token cross-entropy. With `metric_sites`,
-            `metric(logits, cache)`, where the cache has those sites.
+            `metric(logits, cache)`, where the cache has those sites. It is plain JAX: the token 300,000 of a smaller
+            vocabulary is its last one. `run_with_cache(incl_bwd=True)` raises an error instead.
         edits: as in `forward`; gradients are taken at the edited values.
         attention_mask: [b, p], 1 at real tokens.
         positions: [b, p] integers, as in `forward`.

@@ -21,7 +21,7 @@ from gemma3_jax.hooks.longer import Longer
 from gemma3_jax.hooks.needs import phases
 from gemma3_jax.hooks.reductions import At, Steps
 from gemma3_jax.hooks.tracing import Traced
-from gemma3_jax.inputs import as_array, as_int32, integer, one_input, padding_mask, token_ids
+from gemma3_jax.inputs import as_array, as_int32, check_config, integer, one_input, padding_mask, token_ids
 from gemma3_jax.model.past import Past
 from gemma3_jax.positions import BY_COLUMN, Extent, check_mask, columns_at, packed_documents
 from gemma3_jax.run.loss import check_labels
@@ -179,6 +179,7 @@ def new_request(
 
     The other arguments and errors are those of `gemma3_jax.forward`; `edits` may also be (name, edit) pairs.
     """
+    check_config(config)
     if phase not in get_args(Phase):
         raise ValueError(f"phase is {phase!r}; it must be {' or '.join(map(repr, get_args(Phase)))}")
     given = one_input(tokens, inputs_embeds)

@@ -136,7 +136,7 @@ def _placed(
 ) -> list[tuple[str, Edit]]:
     """The (canonical name, edit) pairs for an edit with a name, glob, list or predicate."""
     remedy = "an edit is a callable, edit(value, hook) -> value"
-    if callable(key):  # in a pair the wrong way round, it is the edit, and no predicate
+    if callable(key):  # before it is called: it may be the edit of a pair in the wrong order
         check_callable(edit, f"edit at {described(key)}", remedy)
     matches = _running(config, key, start, stop, return_type)
     check_callable(edit, f"edit at {matches[0].name}", remedy)

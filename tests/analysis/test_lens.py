@@ -147,6 +147,9 @@ def test_table():
     assert tokens[0][3] == tiny().to_str_tokens(lens.tokens[0, 1, 3])
     np.testing.assert_allclose(probabilities, np.exp(lens.log_probs[:, 1]), rtol=1e-6)
     assert lens_table(tiny(), lens)[0][-1][-1][0] == "mu"  # the other row
+    for row in (2, -3):  # of which JAX would give the nearest
+        with pytest.raises(ValueError, match=f"row is {row}; the lens has 2 rows"):
+            lens_table(tiny(), lens, row)
     ranks = logit_lens(tiny(), texts, k=2, targets="du").target_ranks[-1, :, -1]
     assert ranks[1] == 0 < ranks[0]
 
@@ -236,7 +239,9 @@ def test_peak_memory_at_the_real_vocabulary(dtype):
         ({"names_filter": lambda name: False}, ValueError, "does not match a site"),
         ({"k": 0}, ValueError, "k is 0; it must be between 1 and the vocabulary's 101"),
         ({"k": 102}, ValueError, "k is 102"),
+        ({"k": 2.0}, TypeError, "k is 2.0; it must be an integer"),
         ({"chunk_size": 0}, ValueError, "chunk_size is 0"),
+        ({"chunk_size": 2.5}, TypeError, "chunk_size is 2.5; it must be an integer"),
         ({"targets": 101}, ValueError, "token id 101 is outside the vocabulary of 101"),
         ({"targets": np.zeros((2, 8), int)}, ValueError, "broadcast"),
     ],

@@ -231,6 +231,9 @@ def test_memory_of_a_run(logits):
         ({"items": {"layer": 3}}, "same first axis"),
         ({"resume": np.zeros(4)}, "this sweep has 18 runs"),
         ({"logits_at": 9}, "9 positions"),
+        ({"chunk_size": 0}, "chunk_size is 0; it must be at least 1"),
+        ({"chunk_size": -3}, "chunk_size is -3; it must be at least 1"),
+        ({"memory_limit": -1}, "memory_limit is -1; it must be above 0"),
     ],
 )
 def test_bad_arguments(change, says):

@@ -1,5 +1,7 @@
 """Ready-made edits and reductions take lists of numbers as arrays; other values are errors that name the edit."""
 
+import traceback
+
 import jax
 import numpy as np
 import pytest
@@ -65,6 +67,20 @@ def test_what_is_no_edit(edit, says):
     """Each is one error that names the site and the remedy, before anything runs."""
     with pytest.raises((TypeError, ValueError), match=says):
         model().run_with_hooks(TOKENS, (SITE, edit))
+
+
+def test_an_error_has_the_shape_of_the_prompt():
+    """And not of the length at which it would run: an edit whose values have no place, a reduction of too many."""
+    for call in (
+        lambda: model().run_with_hooks(TOKENS, (SITE, edits.Add(VECTOR[:-1]))),
+        lambda: model().run_with_cache(TOKENS, {SITE: reductions.TopK(D + 1)}),
+    ):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            call()
+        # with the errors that a traceback shows before it
+        said = "".join(traceback.format_exception(caught.value)).replace(" ", "")
+        assert f"2,9,{D}" in said
+        assert f"2,16,{D}" not in said
 
 
 def test_a_class_is_no_reduction_and_cannot_be_restricted():

@@ -288,6 +288,14 @@ def test_bad_arguments(arguments, says):
         jax.eval_shape(lambda: forward(config, params, **{"tokens": TOKENS, **arguments}))
 
 
+def test_what_is_no_config():
+    """Config and params in the other order, or Hugging Face's config, are told what is expected."""
+    config, params = small()
+    for call in (lambda: forward(params, config, TOKENS), lambda: HookedGemma3(params, config)):
+        with pytest.raises(TypeError, match="config is a dict; it must be a Gemma3Config, which comes before params"):
+            call()
+
+
 def test_unknown_sites_are_key_errors_too():
     """`UnknownSite` is caught as either of the two errors that it is."""
     with pytest.raises(KeyError):
