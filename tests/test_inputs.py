@@ -228,6 +228,27 @@ def test_pure_functions_warn_of_padding_without_a_mask(side, caplog):
     assert not caplog.records
 
 
+def test_texts_beyond_the_context_are_warned_of(caplog):
+    """Also under jit, where the mask is unknown; not packed texts, nor padding."""
+    config, params = dataclasses.replace(tiny().config, max_position_embeddings=4), tiny().params
+    ids = np.full((2, 5), 9)
+
+    def messages(ids, **options):
+        caplog.clear()
+        jax.eval_shape(lambda params, ids: forward(config, params, ids, **options), params, ids)
+        return [record.getMessage() for record in caplog.records]
+
+    assert messages(ids) == [
+        "the input has 5 tokens, and the model's context is 4: what it computes after that is unreliable"
+    ]
+    assert messages(ids, attention_mask=[[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    assert not messages(ids, attention_mask=[[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
+    assert not messages(ids, segment_ids=[[0, 0, 0, 1, 1]] * 2)
+    assert not messages(ids[:, :4])
+    HookedGemma3(config, params)(ids, return_type=None)
+    assert "5 tokens" in caplog.text
+
+
 def test_under_jit_padding_is_unknown():
     """Ids that are being traced have no values to look at: they run as they are, with the mask that is given."""
     tokens = jnp.asarray(tiny().to_tokens(TEXTS))

@@ -128,6 +128,19 @@ def warn_of_padding(request: Request) -> None:
         )
 
 
+def _warn_of_length(config: Gemma3Config, source: Integers, mask: Integers | None) -> None:
+    """Log a warning if one text is longer than the texts that the model was made for. It runs, as in Hugging Face."""
+    longest = source.shape[1]
+    if longest > config.max_position_embeddings and not (mask is None or isinstance(mask, jax.core.Tracer)):
+        longest = int(np.asarray(mask).sum(axis=1).max())
+    if longest > config.max_position_embeddings:
+        _log.warning(
+            "the input has %d tokens, and the model's context is %d: what it computes after that is unreliable",
+            longest,
+            config.max_position_embeddings,
+        )
+
+
 def warn_of_constants(params: Params) -> None:
     """Warn if a function that is being compiled has large parameters as constants, so that its program copies them."""
     leaves = jax.tree.leaves(params)
@@ -199,6 +212,8 @@ def new_request(
     )
     _check_shapes(source, attention_mask=mask, positions=positions, segment_ids=segment_ids, labels=labels)
     _check_loss(config, source, labels, return_type, stop_at_layer, logits_at)
+    if positions is None and segment_ids is None and past is None:
+        _warn_of_length(config, source, mask)
     first_layer = start_at_layer if isinstance(start_at_layer, jax.core.Tracer) else None
     known_start = None if first_layer is not None else _layer("start_at_layer", start_at_layer)
     start_at_layer = known_start if first_layer is None else first_layer
