@@ -268,8 +268,12 @@ def digest_of(corpus: Corpus | Iterator[list[Any]]) -> str:
 def _plain(item: Any) -> Any:
     """What a document is read from, without arrays: their `repr` leaves out the middle of long ones."""
     if isinstance(item, Mapping):
-        return {name: _plain(item[name]) for name in FIELDS if item.get(name) is not None}
-    return np.asarray(as_array(item)).tolist() if hasattr(item, "__array__") else item
+        return {name: _as_list(item[name]) for name in FIELDS if item.get(name) is not None}
+    return _as_list(item)
+
+
+def _as_list(value: Any) -> Any:
+    return np.asarray(as_array(value)).tolist() if hasattr(value, "__array__") else value
 
 
 def _read(path: Path) -> Corpus | np.ndarray:

@@ -102,6 +102,8 @@ def test_digests_of_lists():
     known = [digest_of(as_corpus(x, BOS)) for x in (["ab", "c"], ["a", "bc"], ["ab", "c", "d"], [[2, 3]], [[2], [3]])]
     known += [digest_of(as_corpus(np.asarray(x), BOS)) for x in ([[2, 3]], [[2], [3]], [[2, 4]])]
     assert len(set(known)) == len(known)
+    known += [digest_of(as_corpus([{"messages": {"role": ["user"], "content": [x]}}], BOS)) for x in ("ab", "c")]
+    assert len(set(known)) == len(known)
     assert digest_of(as_corpus(["ab", "c"], BOS)) == known[0]
 
 
