@@ -8,7 +8,17 @@ import numpy as np
 import numpy.typing
 from jaxtyping import PyTree
 
-__all__ = ["ArrayLike", "Integers", "IntegersLike", "Params", "PyTree", "Shardings", "Tokenizer"]
+__all__ = [
+    "ArrayLike",
+    "Integers",
+    "IntegersLike",
+    "JsonObject",
+    "Params",
+    "PyTree",
+    "Settings",
+    "Shardings",
+    "Tokenizer",
+]
 
 # The parameters of a model, as `conversion.convert_checkpoint` returns them: mappings by name down to arrays, as in
 # params["blocks_0"]["attn"]["q"]["weight"]. Also a part of them, such as params["blocks_0"].
@@ -21,6 +31,10 @@ ArrayLike: TypeAlias = numpy.typing.ArrayLike
 Integers: TypeAlias = np.ndarray | jax.Array
 # Integers as a caller gives them: an array of any library, or nested lists.
 IntegersLike: TypeAlias = numpy.typing.ArrayLike
+# An object of a JSON file as Python reads it, or what becomes one. Whoever uses a value checks it.
+JsonObject: TypeAlias = dict[str, Any]
+# Settings or fields by name that are only read; as for `JsonObject`, whoever uses a value checks it.
+Settings: TypeAlias = Mapping[str, Any]
 # A method whose result depends on its arguments in ways that its type does not say.
 Method: TypeAlias = Callable[..., Any]
 
