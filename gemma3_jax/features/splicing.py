@@ -168,7 +168,7 @@ def steer(
     reader, index = reader_of(sae, f)
     parts = {name: parts[reader] for name, parts in parts_of(sae).items() if reader in parts}
     rows = {name: restricted_to(part, jnp.asarray(index)[None]) for name, part in parts.items()}
-    lengths = {name: jnp.linalg.norm(part.decoder) for name, part in rows.items()}
+    lengths = {name: jnp.linalg.norm(part.decoder.astype(jnp.float32)) for name, part in rows.items()}
     strength = jnp.asarray(as_array(strength), jnp.float32)
     pairs: list[Pair] = []
     for name, part in rows.items():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gemma3_jax import HookedGemma3, features, forward, stack_layers
-from tests.features.small_dictionaries import D, clt, crosscoder, sae, transcoder
+from tests.features.small_dictionaries import D, F, clt, crosscoder, sae, transcoder
 from tests.helpers.programs import programs
 from tests.helpers.random_models import SMALL
 from tests.helpers.small_model import TOKENS, assert_same, difference, plain, run, small
@@ -162,6 +162,16 @@ def test_steering_moves_values_along_the_decoder_row(kind):
             else 0.5 * shares[0]
         )
         assert_same(after - before, jnp.broadcast_to(size * unit, before.shape), 1e-3)
+
+
+@pytest.mark.parametrize("entry", [40.0, 0.0])
+def test_steering_with_rows_in_half_precision(entry):
+    """A row whose square is beyond float16 moves values like the same row in float32; a row of zeros moves nothing."""
+    one = sae(W_dec=jnp.full((F, D), entry * 20))
+    half = one.replace(W_dec=one.W_dec.astype(jnp.float16))
+    expected, actual = (run((), [features.steer(each, 3, 0.5)])[0] for each in (one, half))
+    assert np.isfinite(actual).all()
+    assert_same(actual, expected, 1e-5)
 
 
 def test_gradients_reach_features():
