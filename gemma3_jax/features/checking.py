@@ -189,7 +189,7 @@ def _add(
         out = np.asarray(sae.decode(f, x), np.float64).reshape(len(y), step, -1)[:, :n]
         sums.add(y, out)
         if own:
-            active = f[..., :n, :] > 0
+            active = f[..., :n, :] != 0  # those of a JumpReLU that does not rectify may be negative
             sums.l0 += float(jnp.sum(active))
             sums.alive = sums.alive | np.asarray(jnp.any(active, axis=-2))
 

@@ -107,6 +107,14 @@ def test_the_figures_are_those_of_their_definitions(model, values):
     assert nothing.delta_loss > report.delta_loss > -0.5
 
 
+def test_negative_features_are_active(model, values):
+    """Where the activation keeps negative features, L0 and dead features count them."""
+    weights = principal(values[SITE])
+    kept = features.JumpRelu(jnp.asarray(-1e6), rectify=False)
+    report = features.SparseAutoencoder(**weights | {"activation": kept}, site_in=SITE).check(model, TEXTS)
+    assert (report.l0, report.dead) == (2 * RANK, 0)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_texts_of_the_same_length_run_together(model, values, monkeypatch, side):
     """Short texts do not run at the length of long ones, wherever the padding is; the figures are the same."""
