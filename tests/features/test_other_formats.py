@@ -1,5 +1,7 @@
 """Files that other libraries wrote compute what those libraries compute; `reference.write_dictionaries` wrote both."""
 
+import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -59,6 +61,16 @@ def test_a_cross_layer_transcoder_equals_that_of_circuit_tracer(case):
     assert clt.site_out == tuple(f"blocks.{layer}.ln2_post.hook_out" for layer in range(3))
     assert_equal_to(clt.encode(expected["x"]), expected["f"])
     assert_equal_to(clt(expected["x"]), expected["y"])
+
+
+@pytest.mark.parametrize("case", ["transcoder", "jumprelu_skip_transcoder"])
+def test_a_transcoder_of_saelens_never_subtracts_its_bias(case, tmp_path):
+    """Early versions wrote `apply_b_dec_to_input: true` for transcoders, and encoded without it, as all versions do."""
+    folder = shutil.copytree(FIXTURES / "saelens" / case, tmp_path / case)
+    config = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps(config | {"apply_b_dec_to_input": True}))
+    expected = load_file(FIXTURES / "saelens" / case / "expected.safetensors")
+    assert_equal_to(features.load(folder)(expected["x"]), expected["y"])
 
 
 SITES = {

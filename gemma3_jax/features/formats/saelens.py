@@ -77,7 +77,8 @@ def read(folder: Folder) -> SparseAutoencoder | Transcoder:
         **_rescaled(weights, config, tensors, file),
         "normalization": _normalization(config, file),
         "site_in": _site(folder, config, "site_in"),
-        "subtracts_b_dec": bool(config.get("apply_b_dec_to_input", not is_transcoder)),
+        # Early versions wrote the default of an autoencoder for transcoders, too, which none ever followed.
+        "subtracts_b_dec": not is_transcoder and bool(config.get("apply_b_dec_to_input", True)),
     }
     if not is_transcoder:
         return SparseAutoencoder(**shared)
