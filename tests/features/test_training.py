@@ -110,6 +110,18 @@ def test_the_same_arguments_give_the_same_dictionary():
     assert same == [True, False]
 
 
+def test_training_is_in_float32_with_64_bits_too():
+    """With `jax_enable_x64`, the same dictionary comes out, up to rounding, and the state has no float64."""
+    x = (codes(512) @ directions()).astype(np.float32)
+    expected = trained(x, steps=4)
+    with jax.enable_x64(True):
+        actual = trained(x, steps=4)
+        plan = step.Plan("batchtopk", K, (F,))
+        state = step.new_state((jnp.asarray(x),), 1, plan, seed=0)
+    np.testing.assert_allclose(actual.W_dec, expected.W_dec, atol=1e-5)
+    assert not [leaf for leaf in jax.tree.leaves(state) if leaf.dtype == np.float64]
+
+
 SOURCES = {
     "a list of batches": lambda x: list(x.reshape(-1, 128, D)),
     "a generator": lambda x: (x[i : i + 128] for i in range(0, len(x), 128)),

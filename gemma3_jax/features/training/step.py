@@ -121,16 +121,23 @@ def new_state(values: tuple[jax.Array, ...], layers: int, plan: Plan, seed: int)
     xs, ys = (_by_layer(each, layers) for each in (values[0], values[-1]))
     keys = jax.random.split(jax.random.key(seed), 2 * layers).reshape(layers, 2)
     for layer, (x, (key_enc, key_dec)) in enumerate(zip(xs, keys, strict=True)):
-        W_dec = _unit_rows(jax.random.normal(key_dec, (width, layers - layer, ys[0].shape[1])))
-        drawn = W_dec[:, 0] if len(values) == 1 else jax.random.normal(key_enc, (width, x.shape[1]))
+        W_dec = _unit_rows(jax.random.normal(key_dec, (width, layers - layer, ys[0].shape[1]), jnp.float32))
+        drawn = W_dec[:, 0] if len(values) == 1 else jax.random.normal(key_enc, (width, x.shape[1]), jnp.float32)
         W_enc = _unit_rows(drawn).T
-        made = {"W_enc": W_enc, "b_enc": jnp.zeros(width), "W_dec": W_dec, "b_dec": jnp.zeros(W_dec.shape[-1])}
+        made = {
+            "W_enc": W_enc,
+            "b_enc": jnp.zeros(width, jnp.float32),
+            "W_dec": W_dec,
+            "b_dec": jnp.zeros(W_dec.shape[-1], jnp.float32),
+        }
         if plan.kind == "jumprelu":  # as many active features as wanted, from the start
             first = smallest_kept(_products(made, x), plan.k * len(x), axis=None)
-            made["log_threshold"] = jnp.full(width, jnp.log(jnp.maximum(first, _BANDWIDTH)).squeeze() / _HASTE)
+            made["log_threshold"] = jnp.full(
+                width, jnp.log(jnp.maximum(first, _BANDWIDTH)).squeeze() / _HASTE, jnp.float32
+            )
         weights.append(made)
     optimizer = _OPTIMIZER.init(tuple(weights))
-    idle, kept = jnp.zeros((layers, width), jnp.int32), jnp.zeros(layers)
+    idle, kept = jnp.zeros((layers, width), jnp.int32), jnp.zeros(layers, jnp.float32)
     return State(tuple(weights), optimizer, idle, kept, jnp.zeros((), jnp.int32))
 
 
@@ -193,7 +200,9 @@ def _loss(
     for start, stop in itertools.pairwise((0, *plan.prefixes)):
         error = _less(error, [each[:, start:stop] for each in f], [layer["W_dec"][start:stop] for layer in weights])
         squares += sum(jnp.mean(each**2) for each in error) / len(error)
-    auxiliary = jax.lax.cond(jnp.any(dead), _auxiliary, lambda *_: 0.0, weights, z, jax.lax.stop_gradient(error), dead)
+    auxiliary = jax.lax.cond(
+        jnp.any(dead), _auxiliary, lambda *_: jnp.float32(0.0), weights, z, jax.lax.stop_gradient(error), dead
+    )
     loss = squares / len(plan.prefixes) + sum(penalties) / len(penalties) + _AUXILIARY * auxiliary
     return loss, (list(f), error)
 
