@@ -98,8 +98,12 @@ def main() -> None:
         # typer's errors about the command line format their own message.
         usage = getattr(error, "format_message", None)
         notes = [note for note in getattr(error, "__notes__", []) if _JAXS_NOTE not in note]
-        parts = [usage() if usage else str(error), *notes]
+        # A KeyError shows its message in quotes.
+        text = str(error.args[0]) if type(error) is KeyError and error.args else str(error)
+        parts = [usage() if usage else text, *notes]
         message = printable(" ".join(" ".join(parts).split()))
+        if usage and not message:  # there was no command, and the help is printed
+            sys.exit(2)
         unnamed = f"{type(error).__name__}; run gemma3-jax --traceback ... to see where"
         print(f"error: {message or unnamed}", file=sys.stderr)
         sys.exit(2 if usage else 1)

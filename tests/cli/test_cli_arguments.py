@@ -115,6 +115,14 @@ def test_errors_in_the_command_line_itself(command, arguments):
     assert line.startswith("error: ")
 
 
+@pytest.mark.parametrize("arguments", [[], ["features"], ["harvest"]])
+def test_no_command_prints_the_help(command, arguments):
+    """And nothing else."""
+    done = command(*arguments)
+    assert (done.returncode, done.stderr) == (2, "")
+    assert "Usage: " in done.stdout
+
+
 def test_a_platform_that_is_not_there():
     """jax asserts without a message; the line names the variable, its value and the remedy."""
     arguments = [sys.executable, "-m", "gemma3_jax", "generate", "--prompt", "ba"]
@@ -130,6 +138,7 @@ def test_a_platform_that_is_not_there():
     [
         (KeyboardInterrupt(), 130, []),
         (AssertionError(), 1, ["error: AssertionError; run gemma3-jax --traceback ... to see where"]),
+        (KeyError("it has 'a' alone"), 1, ["error: it has 'a' alone"]),
         (ValueError(f"{STRANGE}\x1b[2J\nsecond"), 1, [f"error: {STRANGE}\\x1b[2J second"]),
     ],
 )
