@@ -36,7 +36,7 @@ from gemma3_jax.run.compiled import run_compiled
 from gemma3_jax.run.forward import run
 from gemma3_jax.run.gradients import Metric
 from gemma3_jax.run.request import Request, check_phases
-from gemma3_jax.run.selection import EditsByName, captured_names, placed_edits
+from gemma3_jax.run.selection import Edits, captured_names, pairs_of, placed_edits
 from gemma3_jax.run.traced import activation_dtype, with_traced_functions
 from gemma3_jax.sites.names import block, layer_of, select
 from gemma3_jax.types import IntegersLike, Params, PyTree
@@ -58,7 +58,7 @@ class SweepOptions(TypedDict, total=False):
 def sweep(
     model: HookedGemma3,
     input: Input,
-    edits: Callable[[PyTree], EditsByName],
+    edits: Callable[[PyTree], Edits],
     items: PyTree,
     metric: Metric,
     *,
@@ -81,8 +81,8 @@ def sweep(
     Args:
         model: the model.
         input: text, texts or token ids; all runs have the same input.
-        edits: `edits(item) -> {name: edit}`, the edits of one run in the form that `forward` takes; called once for all
-            items.
+        edits: `edits(item) -> {name: edit}`, the edits of one run in any form that `forward` takes, such as the pairs
+            of `features.steer`; called once for all items.
         items: pytree of arrays [n, ...]; `edits` sees one slice of each, traced.
         metric: `metric(logits) -> array` for one run; called once for all items.
         attention_mask: [b, p], 1 at real tokens; made for you when the input is text.
@@ -149,7 +149,7 @@ def _real_numbers(value: PyTree) -> jax.Array:
 def measured_sweep(
     model: HookedGemma3,
     input: Input,
-    edits: Callable[[PyTree], EditsByName],
+    edits: Callable[[PyTree], Edits],
     items: PyTree,
     metric: Metric,
     *,
@@ -284,23 +284,23 @@ class _Placed:
     names: tuple[tuple[str, ...], ...] = flax.struct.field(pytree_node=False)
 
 
-def _traced_edits(request: Request, edits: Callable[[PyTree], EditsByName], items: PyTree, dtype: np.dtype) -> Traced:
+def _traced_edits(request: Request, edits: Callable[[PyTree], Edits], items: PyTree, dtype: np.dtype) -> Traced:
     """A traced function from an item to its `_Placed` edits."""
     config, extent = request.config, request.extent
 
-    def place(edits: Callable[[PyTree], EditsByName], item: PyTree) -> _Placed:
+    def place(edits: Callable[[PyTree], Edits], item: PyTree) -> _Placed:
         returned = edits(item)
-        if not isinstance(returned, Mapping) or not returned:
+        if returned is None or not (pairs := pairs_of(returned)):
             raise TypeError(
-                f"edits(item) returned {type(returned).__name__}; it must return {{name: edit}} with at least one edit"
+                f"edits(item) returned {type(returned).__name__}; it must return {{name: edit}} or (name, edit) pairs"
             )
         each = dataclasses.replace(request, edits=placed_edits(config, returned, extent))
         check_phases(each)
-        several = [edit if isinstance(edit, Sequence) else [edit] for edit in returned.values()]
+        several = [edit if isinstance(edit, Sequence) else [edit] for _, edit in pairs]
         return _Placed(
             with_traced_functions(each, dtype).edits,
             [[indices_of(edit) for edit in key] for key in several],
-            tuple(tuple(match.name for match in select(name, config)) for name in returned),
+            tuple(tuple(match.name for match in select(name, config)) for name, _ in pairs),
         )
 
     item = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), items)

@@ -92,7 +92,7 @@ def placed_edits(
         TypeError: an edit is not callable.
     """
     placed: dict[str, tuple[Edit, ...]] = {}
-    for key, several in _pairs(edits):
+    for key, several in pairs_of(edits):
         matched: dict[str, tuple[Edit, ...]] = {}
         for edit in several if isinstance(several, Sequence) and not isinstance(several, str) else (several,):
             for name, each in _placed(config, key, edit, extent, start_at_layer, stop_at_layer, new, return_type):
@@ -103,7 +103,7 @@ def placed_edits(
     return placed
 
 
-def _pairs(edits: Edits) -> list[tuple[Capture, Edit | Sequence[Edit]]]:
+def pairs_of(edits: Edits) -> list[tuple[Capture, Edit | Sequence[Edit]]]:
     """The (name, edit) pairs of a mapping, of a list of pairs and of lists of pairs, or of one pair.
 
     Raises:

@@ -242,6 +242,22 @@ def test_bad_arguments(change, says):
         grid(**change)
 
 
+@pytest.mark.parametrize("form", [list, lambda edits: list(edits.items()), lambda edits: next(iter(edits.items()))])
+def test_edits_are_a_mapping_or_pairs(form):
+    """As in every other function: a list of pairs, which may name a site twice, and one pair."""
+    scaled = [("blocks.1.ln2_post.hook_out", edits.Scale), ("blocks.1.hook_mlp_out", lambda x: edits.Add(x))]
+
+    def given(x):
+        pairs = [(name, edit(x)) for name, edit in scaled]
+        return pairs if form is list else form(dict(pairs[:1]))
+
+    items = np.float32([0.5, 2.0])
+    actual = sweep(model(), TOKENS, given, items, metric, progress=False)
+    expected = [metric(forward(*small(), TOKENS, edits=given(x))[0]) for x in items]
+    assert_same(actual, np.stack(expected), 1e-5)
+    assert abs(expected[0] - expected[1]) > 1e-2
+
+
 def test_edits_must_be_a_mapping():
     """A function that forgets to return is told so."""
     with pytest.raises(TypeError, match="NoneType"):
