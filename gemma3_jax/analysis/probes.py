@@ -16,6 +16,7 @@ import optax
 
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.descriptions import Described, Description
+from gemma3_jax.inputs import positive
 from gemma3_jax.sites.names import get_act_name, layer_of, resolve
 from gemma3_jax.types import ArrayLike
 
@@ -112,16 +113,17 @@ def probe(
             `store[site].take(rows)`.
         labels: [n] for each token of the store, or for each of `rows`: booleans or two integers, or numbers for ridge.
         sites: names of sites, with one vector for each token; None means all of the store.
-        rows: [n] indices of tokens, to probe these alone.
+        rows: [n] indices of tokens, to probe these alone; or booleans for all tokens.
         method: "logistic" regression, "ridge" regression, or the "difference" of the means of the two classes.
-        penalty: weight of the sum of squares of logistic and ridge coefficients, for features of variance 1.
+        penalty: weight of the sum of squares of ridge coefficients, for features of variance 1, and of half the sum for
+            logistic ones; in scikit-learn, `alpha` and 1 / `C`.
         held_out: the share of documents for the score.
         most: at most so many tokens are used, chosen by chance; their activations are in memory, a site at a time.
         seed: of all choices.
 
     Raises:
-        ValueError: labels do not match the tokens, have one class, or suit another method; or one side of the split has
-            no document, or one class.
+        ValueError: labels do not match the tokens, have one class or NaN, or suit another method; one side of the split
+            has no document, or one class; or `penalty` is negative.
 
     >>> import tempfile
     >>> from gemma3_jax import TINY, HookedGemma3
@@ -135,10 +137,17 @@ def probe(
     """
     if method not in get_args(Method):
         raise ValueError(f"method is {method!r}; it must be one of {', '.join(get_args(Method))}")
+    most = positive("most", most)
+    if not penalty >= 0:
+        raise ValueError(f"penalty is {penalty}; it must be at least 0")
     chosen = np.arange(len(store)) if rows is None else np.asarray(rows)
+    if chosen.dtype == bool and chosen.shape == (len(store),):
+        chosen = np.flatnonzero(chosen)
     y = np.asarray(labels)
     if y.shape != chosen.shape:
         raise ValueError(f"labels have shape {list(y.shape)}; there are {len(chosen):,} tokens, and each needs one")
+    if y.dtype.kind == "f" and not np.isfinite(y).all():
+        raise ValueError("labels have NaN or infinity; leave these tokens out with rows")
     generator = np.random.default_rng(seed)
     kept = np.sort(generator.permutation(len(chosen))[:most])
     chosen, y = chosen[kept], _numbers(y[kept], method)

@@ -90,12 +90,25 @@ class Site(Described):
         return self._assembled({array.key: self.store.read(array.key, start, stop) for array in self.arrays})
 
     def take(self, rows: np.ndarray) -> PyTree:
-        """The values of any rows [m], [m, ...].
+        """The values of any rows, by their numbers [m] or by booleans for all rows: [m, ...].
 
         The result of a reduction with several arrays, as `TopK`, is a mapping from their names; that of
         `reductions.Int8` is float32 again.
         """
         return self._assembled({array.key: self.store.take(array.key, rows) for array in self.arrays})
+
+    def __getitem__(self, rows: Any) -> PyTree:
+        """The values of rows, as NumPy chooses them: `site[7]`, `site[:100]`, `site[[3, -1]]`, `site[mask]`."""
+        if isinstance(rows, slice):
+            start, stop, step = rows.indices(len(self))
+            return self.rows(start, max(start, stop)) if step == 1 else self.take(np.arange(start, stop, step))
+        chosen = np.asarray(rows)
+        if chosen.dtype != bool:
+            chosen = np.where(chosen < 0, chosen + len(self), chosen)
+        values = self.take(np.atleast_1d(chosen))
+        if chosen.ndim:
+            return values
+        return values[0] if isinstance(values, np.ndarray) else {name: value[0] for name, value in values.items()}
 
     def documents(self, start: int, stop: int) -> np.ndarray:
         """The number [m] int64 of the document of each row."""

@@ -153,9 +153,20 @@ class ActivationStore(Described):
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def take(self, key: str, rows: np.ndarray) -> np.ndarray:
-        """Any rows [m] of the array of that name, [m, ...]."""
+        """Any rows of the array of that name, [m, ...]: by their numbers [m], or by booleans for all rows.
+
+        Raises:
+            StoreError: `rows` are neither.
+            IndexError: the store does not have a row.
+        """
         ends = np.asarray(self._ends(key))
         rows = np.asarray(rows)
+        if rows.dtype == bool and rows.shape == ends[-1:]:
+            rows = np.flatnonzero(rows)
+        if rows.ndim != 1 or (rows.size and not np.issubdtype(rows.dtype, np.integer)):
+            raise StoreError(
+                f"rows are {rows.dtype} of shape {list(rows.shape)}; they must be integers [m] or booleans [{ends[-1]}]"
+            )
         if rows.size and not (rows.min() >= 0 and rows.max() < ends[-1]):
             raise IndexError(f"rows {rows.min()} to {rows.max()} of {key}: the store has {ends[-1]:,}")
         stored = self._first_unit().arrays[key]

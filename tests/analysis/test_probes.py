@@ -91,7 +91,10 @@ def test_numbers_and_rows():
     numbers = store.values[SITES[1]] @ store.direction
     assert probe(store, numbers, method="ridge", penalty=0.01).scores.round(2).tolist()[1] == 1
     rows = np.arange(0, N, 2)
-    assert probe(store, store.y[rows], rows=rows, most=200).scores[1] > 0.85
+    found = probe(store, store.y[rows], rows=rows, most=200)
+    assert found.scores[1] > 0.85
+    same = probe(store, store.y[rows], rows=np.arange(N) % 2 == 0, most=200)
+    np.testing.assert_array_equal(same.directions, found.directions)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +106,9 @@ def test_numbers_and_rows():
         (np.arange(N) % 2, {"method": "svm"}, "method"),
         (np.arange(N) % 2, {"held_out": 0.0}, "held_out"),
         (np.arange(N) < 2, {}, "one class"),
+        (np.where(np.arange(N) % 2, 1.0, np.nan), {"method": "ridge"}, "labels have NaN"),
+        (np.arange(N) % 2, {"penalty": -1.0}, "penalty is -1.0"),
+        (np.arange(N) % 2, {"most": 0}, "most is 0"),
     ],
 )
 def test_wrong_arguments(labels, options, message):

@@ -110,6 +110,23 @@ def test_rows(store):
     assert store["model.layers.1.output"].name == "blocks.1.hook_out"
 
 
+def test_rows_as_numpy_chooses_them(store):
+    """An integer, slices, integers that may be negative, and booleans; others are refused by name."""
+    site = store["resid_post", 1]
+    whole = np.asarray(site)
+    mask = np.arange(len(site)) % 7 == 3
+    for rows in (5, np.int64(-2), slice(40), slice(-9, None), slice(50, 3, -4), slice(9, 2), [3, 3, -1], mask, []):
+        expected = whole[rows] if np.size(rows) else whole[:0]
+        np.testing.assert_array_equal(np.asarray(site[rows], np.float32), expected.astype(np.float32))
+    np.testing.assert_array_equal(site.take(mask), whole[mask])
+    assert site[5].shape == (96,)
+    for wrong in (mask[1:], [0.5], [[1, 2]]):
+        with pytest.raises(StoreError, match=r"rows are .*; they must be integers \[m\] or booleans"):
+            site.take(wrong)
+    with pytest.raises(IndexError, match="the store has"):
+        site[len(site)]
+
+
 def test_context(store, model):
     """The text around a token, without its neighbours in the corpus."""
     [rows] = np.nonzero(store.documents(0, len(store)) == 4)
