@@ -41,7 +41,10 @@ def plan_of(config: Gemma3Config, tensors: Tensors) -> dict[Entry, str]:
     if missing:
         near = difflib.get_close_matches(missing[0], list(shapes.keys() - plan.values())[:_COMPARED], 1)
         found = f"; it has {near[0]}" if near else ""
-        raise CheckpointError(f"{tensors.checkpoint} lacks {listed(missing)}, which its config requires{found}")
+        reason = f"its config requires{found}"
+        if missing == ["lm_head.weight"]:  # the caller may have asked for it, and not the config
+            reason = "untied embeddings require; with tie_word_embeddings=True, the embedding is the unembedding"
+        raise CheckpointError(f"{tensors.checkpoint} lacks {listed(missing)}, which {reason}")
     extra = sorted(set(shapes) - set(plan.values()) - {head})
     vision = [key for key in extra if is_vision(key)]
     others = [key for key in extra if is_other_head(key, prefix)]
