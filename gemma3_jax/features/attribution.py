@@ -82,7 +82,7 @@ def feature_attribution(
     model: HookedGemma3,
     prompt: Input,
     metric: Metric,
-    saes: Sequence[Dictionary],
+    saes: Sequence[Dictionary] | Dictionary,
     *,
     k: int | None = 64,
     steps: int | None = None,
@@ -105,7 +105,7 @@ def feature_attribution(
         model: the model.
         prompt: text, texts or ids [b, p].
         metric: `metric(logits) -> []`, see `grad_at`.
-        saes: dictionaries of any kind.
+        saes: dictionaries of any kind, or one.
         k: how many features of each position, those with the largest scores in size; None for all.
         steps: points on the line, each as costly as a call without steps; None for the gradient at the run itself.
         attention_mask: [b, p], 1 at real tokens.
@@ -126,6 +126,7 @@ def feature_attribution(
     >>> found.of[0].scores.shape, found.of[0].indices.shape
     ((1, 4, 5), (1, 4, 5))
     """
+    saes = [saes] if isinstance(saes, Dictionary) else saes
     if not saes or min(1 if k is None else k, 1 if steps is None else steps) < 1:
         raise ValueError(f"k is {k}, steps is {steps}, with {len(saes)} dictionaries; each must be at least 1")
     for sae in saes:

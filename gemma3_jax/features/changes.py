@@ -4,7 +4,8 @@ Axes: b batch, p position, d features of a site, n changed features; `...` token
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -59,8 +60,13 @@ def changes_of(
     """The changes of each layer that the dictionary reads; None is the only one of a dictionary of one site.
 
     Raises:
-        ValueError: a feature is not one of the dictionary, or is named twice.
+        ValueError: a feature is not one of the dictionary, or is named twice; or an argument is of another form.
     """
+    for name, given in (("set", values), ("scale", factors)):
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{name} is {reprlib.repr(given)}; it maps features to numbers, as in {{1234: 0.0}}")
+    if not isinstance(ablated, Iterable) or not getattr(ablated, "ndim", 1):
+        raise ValueError(f"ablate is {reprlib.repr(ablated)}; it takes several features, as in [1234]")
     named: list[tuple[Feature, Any, Any]] = [(feature, value, 0.0) for feature, value in values.items()]
     named += [(feature, 0.0, factor) for feature, factor in factors.items()]
     named += [(feature, 0.0, 0.0) for feature in ablated]

@@ -54,6 +54,8 @@ def test_the_largest_scores(model, found):
     dense = found.of[2]
     np.testing.assert_allclose(first.scores, jnp.take_along_axis(dense.scores, first.indices, -1), atol=1e-5)
     np.testing.assert_allclose(first.activations, jnp.take_along_axis(dense.activations, first.indices, -1), atol=1e-5)
+    [alone] = features.feature_attribution(model, ROW, metric, HERE[2](), k=4).of  # one, without a list
+    np.testing.assert_array_equal(alone.scores, first.scores)
     np.testing.assert_allclose(jnp.abs(first.scores), -jnp.sort(-jnp.abs(dense.scores))[..., :4], atol=1e-5)
 
 
