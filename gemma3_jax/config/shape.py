@@ -170,6 +170,15 @@ def shape_text(config: Gemma3Config) -> str:
     return f"{layers} ({full} full, {sliding}), {sizes}"
 
 
+def check_config(config: object) -> None:
+    """Raise TypeError for something else than a `Gemma3Config`."""
+    if not isinstance(config, Gemma3Config):
+        raise TypeError(
+            f"config is a {type(config).__name__}; it must be a Gemma3Config, which comes before params; "
+            "Gemma3Config.from_hf(config) makes one of Hugging Face's"
+        )
+
+
 def _preset(d: int, n: int, h: int, g: int, e: int, f: int, *, large: bool, scalar: int = 256) -> Gemma3Config:
     return Gemma3Config(
         vocab_size=262_208 if large else 262_144,

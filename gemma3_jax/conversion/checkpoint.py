@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from gemma3_jax.config import Gemma3Config
+from gemma3_jax.config import Gemma3Config, check_config
 from gemma3_jax.conversion import files
 from gemma3_jax.conversion.assemble import assemble
 from gemma3_jax.conversion.gemma3 import is_other_head
@@ -128,4 +128,5 @@ def convert_state_dict(state_dict: Mapping[str, Any], config: Gemma3Config, dtyp
     Raises:
         CheckpointError: as in `convert_checkpoint`.
     """
+    check_config(config)
     return assemble(config, of_state_dict(state_dict), dtype)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Self
 
-from gemma3_jax.config import Gemma3Config
+from gemma3_jax.config import Gemma3Config, check_config
 from gemma3_jax.sites.globs import alternatives, matching
 from gemma3_jax.sites.table import HEAD_SITES, SITES, Site, sites
 
@@ -82,6 +82,7 @@ _PART_WORDS = {"a": "attn", "attention": "attn", "m": "mlp", "b": "", "block": "
 
 def site_names(config: Gemma3Config) -> tuple[str, ...]:
     """The canonical names of all sites of the model, in the order in which the model computes them."""
+    check_config(config)
     return tuple(_table(config))
 
 
