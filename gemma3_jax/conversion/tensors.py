@@ -11,11 +11,11 @@ import jax
 import numpy as np
 
 from gemma3_jax import reading
-from gemma3_jax.config import Json
 from gemma3_jax.conversion import files
 from gemma3_jax.conversion.gemma3 import is_unembedding
 from gemma3_jax.conversion.quantised import quantised_weights
 from gemma3_jax.reading import CheckpointError
+from gemma3_jax.types import Settings
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def of_directory(directory: Path, is_wanted: Callable[[str], bool] = lambda key:
 def of_stored(
     checkpoint: str,
     stored: Mapping[str, reading.Stored],
-    quantization: Json | None = None,
+    quantization: Settings | None = None,
     read: Callable[[str], np.ndarray] | None = None,
 ) -> Tensors:
     """The tensors with these headers, by key; `quantization` is what the config says about their quantisation.
