@@ -7,8 +7,6 @@ whatever l is. Sliding and full layers have weights of the same shapes, and diff
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,7 +48,7 @@ def stack_layers(config: Gemma3Config, params: Params) -> Params:
     return stack_and_empty(config, dict(params))
 
 
-def stack_and_empty(config: Gemma3Config, params: dict[str, Any]) -> Params:
+def stack_and_empty(config: Gemma3Config, params: dict[str, PyTree]) -> Params:
     """As `stack_layers`, but takes the blocks out of `params`.
 
     Memory: a second copy of one weight of all layers, if nothing else holds the blocks.
