@@ -35,7 +35,7 @@ IntegersLike: TypeAlias = numpy.typing.ArrayLike
 JsonObject: TypeAlias = dict[str, Any]
 # Settings or fields by name that are only read; as those of a `JsonObject`, values are checked where they are used.
 Settings: TypeAlias = Mapping[str, Any]
-# A method whose result depends on its arguments in ways that its type does not say.
+# A function or a method whose result depends on its arguments in ways that its type does not say.
 Method: TypeAlias = Callable[..., Any]
 
 
