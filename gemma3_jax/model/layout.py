@@ -8,7 +8,6 @@ whatever l is. Sliding and full layers have weights of the same shapes, and diff
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +52,7 @@ def stack_layers(config: Gemma3Config, params: Params) -> Params:
     return stack_and_empty(config, dict(params))
 
 
-def stack_and_empty(config: Gemma3Config, params: dict[str, Any]) -> Params:
+def stack_and_empty(config: Gemma3Config, params: dict[str, PyTree]) -> Params:
     """As `stack_layers`, but takes the blocks out of `params`.
 
     Memory: a second copy of one weight of all layers, if nothing else holds the blocks.
@@ -118,7 +117,7 @@ def layer_params(config: Gemma3Config, params: Params, layer: int, *path: str) -
 
 
 def check_model(config: object, params: object) -> None:
-    """Raise TypeError or ValueError for what is not a config and, after it, the parameters of a model."""
+    """Raise TypeError or ValueError unless these are a config and the parameters of a model, in this order."""
     check_config(config)
     remedy = "pass the pytree that `convert_checkpoint` returns, or a model's `model.params`"
     if not isinstance(params, Mapping):
