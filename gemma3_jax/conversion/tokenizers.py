@@ -27,6 +27,13 @@ _SENTENCEPIECE = "tokenizer.model"
 _READ_BY_TRANSFORMERS = (".json", ".jinja", ".model")
 _REMEDY = "download it again, or pass tokenizer="
 _TRIED = 256  # tokens
+# By the `tokenizer_class` of a tokenizer_config.json: what `AutoTokenizer` takes for a Gemma 3 model.
+_CLASSES = {
+    "GemmaTokenizer": "GemmaTokenizer",
+    "GemmaTokenizerFast": "GemmaTokenizer",
+    "PreTrainedTokenizerFast": "PreTrainedTokenizerFast",
+    "TokenizersBackend": "PreTrainedTokenizerFast",
+}
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -127,15 +134,27 @@ def has_vocabulary(directory: Path) -> bool:
 def _read(directory: Path) -> Tokenizer | str:
     """The tokenizer of a directory, or the reason why it does not work."""
     check_files(directory)
-    from transformers import AutoTokenizer  # the import takes a second, and only text needs it
+    import transformers  # the import takes half a second, and only text needs it
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        loader = getattr(transformers, _class_of(directory))
+        tokenizer = loader.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         _check_contents(directory)
         return f"{type(error).__name__}: {error}"
     failure = _trial(tokenizer)
     return f"{failure} ({_sources(directory)})" if failure else tokenizer
+
+
+def _class_of(directory: Path) -> str:
+    """The class of `transformers` that reads a tokenizer: the one that `AutoTokenizer` would choose, if it is known.
+
+    `AutoTokenizer` imports torch where that is installed, which takes longer than the rest of its work.
+    """
+    file = directory / "tokenizer_config.json"
+    settings = read_json(file) if file.exists() else {}
+    name = settings.get("tokenizer_class") if isinstance(settings, dict) and "auto_map" not in settings else None
+    return _CLASSES.get(str(name), "AutoTokenizer")
 
 
 def _sources(directory: Path) -> str:
