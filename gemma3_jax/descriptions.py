@@ -7,10 +7,13 @@ import html
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Described:
         return self._description().html()
 
 
-def fields_of(obj: Any) -> tuple[tuple[str, str], ...]:
+def fields_of(obj: DataclassInstance) -> tuple[tuple[str, str], ...]:
     """The name of each field of a dataclass and what it holds; arrays by shape and dtype. Fields that are None are left
     out.
     """
@@ -64,13 +67,13 @@ def fields_of(obj: Any) -> tuple[tuple[str, str], ...]:
     return tuple((name, arrays_text(value)) for name, value in values if value is not None)
 
 
-def call_text(obj: Any) -> str:
+def call_text(obj: DataclassInstance) -> str:
     """A dataclass as the call that makes it, with long arrays by shape and dtype; without flags as they are by default.
 
     >>> @dataclasses.dataclass
     ... class Scale:
-    ...     factor: Any
-    ...     heads: Any = None
+    ...     factor: object
+    ...     heads: object = None
     >>> call_text(Scale(np.ones(100))), call_text(Scale(2.0, np.array([0, 2])))
     ('Scale(factor=[100] float64)', 'Scale(factor=2.0, heads=[0, 2])')
     """
@@ -80,7 +83,7 @@ def call_text(obj: Any) -> str:
     return f"{type(obj).__name__}({', '.join(shown)})"
 
 
-def _value_text(value: Any) -> str:
+def _value_text(value: object) -> str:
     """A value in one line: numbers, up to eight of an array, and the shape and dtype of more."""
     if isinstance(value, Described):
         return f"<{value._description().title}>"
@@ -90,15 +93,15 @@ def _value_text(value: Any) -> str:
         return f"[{', '.join(map(_value_text, value))}]" if len(value) <= 8 else f"<{len(value)} entries>"
     if not hasattr(value, "shape"):
         return repr(value)
-    has_numbers = isinstance(value, np.ndarray) or (
-        isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and value.is_fully_addressable
-    )
-    if not has_numbers or value.size > 8 or jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
-        return arrays_text(value)
-    return repr(np.asarray(value).tolist())
+    if (
+        isinstance(value, np.ndarray)
+        or (isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and value.is_fully_addressable)
+    ) and not (value.size > 8 or jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)):
+        return repr(np.asarray(value).tolist())
+    return arrays_text(value)
 
 
-def arrays_text(value: Any) -> str:
+def arrays_text(value: object) -> str:
     """The shapes and dtypes of the arrays of a pytree.
 
     >>> arrays_text(np.zeros((2, 3), np.float32))

@@ -56,7 +56,7 @@ class Grid(np.ndarray):
         self.axes, self.what, self.labels, self.tokens, self.config = tuple(axes), what, labels or {}, tokens, config
         return self
 
-    def __array_wrap__(self, array: np.ndarray, context: Any = None, return_scalar: bool = False) -> Any:
+    def __array_wrap__(self, array: np.ndarray, context: object = None, return_scalar: bool = False) -> Any:
         """The result of arithmetic, with the names if it has the same shape."""
         if array.shape != self.shape or array.dtype.kind != "f":  # a reduction, or a comparison
             return array[()] if return_scalar else array

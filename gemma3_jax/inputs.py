@@ -84,15 +84,6 @@ def integer(name: str, value: object) -> int:
         raise TypeError(f"{name} is {value!r}; it must be an integer") from None
 
 
-def check_config(config: object) -> None:
-    """Raise TypeError for something else than a `Gemma3Config`."""
-    if not isinstance(config, Gemma3Config):
-        raise TypeError(
-            f"config is a {type(config).__name__}; it must be a Gemma3Config, which comes before params; "
-            "Gemma3Config.from_hf(config) makes one of Hugging Face's"
-        )
-
-
 def positive(name: str, value: object) -> int:
     """An integer of at least 1, as an int.
 

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from gemma3_jax.messages import printable
+from gemma3_jax.types import JsonObject
 
 _MOST_JSON = 2**28  # bytes; a config takes kilobytes, an index of the largest models less than a megabyte
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -103,7 +104,7 @@ def parse_json(file: str | Path, content: bytes) -> Any:
         raise CheckpointError(f"{file} is not valid JSON: {error}") from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """The object with these keys. JSON's readers disagree on the value of a key that occurs twice."""
     entries = dict(pairs)
     if len(entries) < len(pairs):
@@ -131,7 +132,7 @@ def read_metadata(file: Path) -> dict[str, str]:
     return dict(_safetensors_header(file)[0].get("__metadata__") or {})
 
 
-def _safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
+def _safetensors_header(file: Path) -> tuple[JsonObject, int]:
     """The header of a safetensors file, and where its data begins."""
     check_file(file)
     try:

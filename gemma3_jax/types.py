@@ -31,11 +31,11 @@ ArrayLike: TypeAlias = numpy.typing.ArrayLike
 Integers: TypeAlias = np.ndarray | jax.Array
 # Integers as a caller gives them: an array of any library, or nested lists.
 IntegersLike: TypeAlias = numpy.typing.ArrayLike
-# An object of a JSON file as Python reads it, or what becomes one. Whoever uses a value checks it.
+# An object of a JSON file as Python reads it, or what becomes one. Values are checked where they are used.
 JsonObject: TypeAlias = dict[str, Any]
-# Settings or fields by name that are only read; as for `JsonObject`, whoever uses a value checks it.
+# Settings or fields by name that are only read; as those of a `JsonObject`, values are checked where they are used.
 Settings: TypeAlias = Mapping[str, Any]
-# A method whose result depends on its arguments in ways that its type does not say.
+# A function or a method whose result depends on its arguments in ways that its type does not say.
 Method: TypeAlias = Callable[..., Any]
 
 

@@ -19,6 +19,7 @@ pytest.register_assert_rewrite("tests.helpers")  # their failed assertions show 
 from tests.helpers.environment import compile_quickly  # noqa: E402
 
 compile_quickly()
+gc.disable()  # until all files are imported: what imports make stays
 
 import jax  # noqa: E402
 from jax._src.interpreters import mlir  # noqa: E402
@@ -59,12 +60,23 @@ def few_programs():
     compiled._program.cache_clear()
     if Path("/proc/self/maps").read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
+        gc.unfreeze()
+    keep_out_of_collections()
+
+
+def keep_out_of_collections():
+    """Keep what is alive out of garbage collection: the imports of torch, transformers and jax, and JAX's caches.
+
+    They are millions of objects. An error about a hook that stores its value collects garbage.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_finish():
-    """Keep what imports made out of garbage collection: torch, transformers and jax are millions of objects."""
-    gc.collect()
-    gc.freeze()
+    """The same once for the imports, and fewer collections."""
+    keep_out_of_collections()
+    gc.enable()
     gc.set_threshold(20_000, 20, 20)  # by default, collections take a thirtieth of the time: tracing makes many objects
 
 

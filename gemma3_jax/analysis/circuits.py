@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from gemma3_jax.analysis.factored import FactoredMatrix
 from gemma3_jax.compute.matmul import matmul
 from gemma3_jax.config import Gemma3Config, LayerType
-from gemma3_jax.model.layout import layer_params
+from gemma3_jax.model.layout import check_model, layer_params
 from gemma3_jax.model.rope import rope_tables, rotate
 from gemma3_jax.types import Params
 
@@ -47,6 +47,7 @@ def qk_circuit(config: Gemma3Config, params: Params, distance: jax.Array | int =
     >>> qk_circuit(model.config, model.params, distance=1).shape
     (4, 4, 96, 96)
     """
+    check_model(config, params)
 
     def layer(i: int) -> tuple[jax.Array, jax.Array]:
         block = layer_params(config, params, i)
@@ -78,6 +79,7 @@ def ov_circuit(config: Gemma3Config, params: Params) -> FactoredMatrix:
     >>> ov_circuit(model.config, model.params)[1, 2].eigenvalues.shape
     (24,)
     """
+    check_model(config, params)
 
     def layer(i: int) -> tuple[jax.Array, jax.Array]:
         block = layer_params(config, params, i)

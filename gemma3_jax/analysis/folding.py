@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma3_jax.config import Gemma3Config
-from gemma3_jax.model.layout import is_stacked, stack_layers, unstack_layers
+from gemma3_jax.model.layout import check_model, is_stacked, stack_layers, unstack_layers
 from gemma3_jax.sites.names import block_key
 from gemma3_jax.types import Params
 
@@ -45,6 +45,7 @@ def fold_ln(config: Gemma3Config, params: Params) -> tuple[Gemma3Config, Params]
     >>> bool(jnp.allclose(folded("ba ke lo"), model("ba ke lo"), atol=1e-4)), folded.config.tie_word_embeddings
     (True, False)
     """
+    check_model(config, params)
     if config.embedding_head is not None:
         raise ValueError("this model has an embedding head, which reads ln_final too: folding would change embeddings")
     # ln1_post and ln2_post stay. Their output is added to the residual stream, so no weight reads it directly, and a
@@ -86,6 +87,7 @@ def center_unembed(config: Gemma3Config, params: Params) -> tuple[Gemma3Config, 
     >>> centred.W_U.shape, bool(abs(centred("ba ke lo").mean()) < 1e-5)
     ((96, 104), True)
     """
+    check_model(config, params)
     if config.final_logit_softcapping is not None:
         raise ValueError(
             f"this model has final_logit_softcapping {config.final_logit_softcapping}: its tanh does not preserve "

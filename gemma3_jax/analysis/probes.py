@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, TypeAlias, get_args
+from typing import Literal, Protocol, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gemma3_jax.cache.activations import Name
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.descriptions import Described, Description
 from gemma3_jax.inputs import positive
@@ -28,7 +29,7 @@ _CONTROLS = 5  # one direction by chance may have a high score
 class Values(Protocol):
     """The values of one site."""
 
-    def take(self, rows: np.ndarray, /) -> Any: ...
+    def take(self, rows: np.ndarray, /) -> ArrayLike: ...
 
 
 class Store(Protocol):
@@ -41,7 +42,7 @@ class Store(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, name: Any, /) -> Values: ...
+    def __getitem__(self, name: str, /) -> Values: ...
 
     def documents(self, start: int, stop: int, /) -> np.ndarray: ...
 
@@ -67,7 +68,7 @@ class Probes(Described):
     controls: np.ndarray
     method: Method
 
-    def __getitem__(self, name: str | tuple[str, int] | tuple[str, int, str]) -> np.ndarray:
+    def __getitem__(self, name: Name) -> np.ndarray:
         """The direction [d] of a site, by any of its names."""
         full = name if isinstance(name, str) else get_act_name(*name, config=self.config)
         found = resolve(full, self.config).name
@@ -94,7 +95,7 @@ class Probes(Described):
 def probe(
     store: Store,
     labels: ArrayLike,
-    sites: Sequence[Any] | None = None,
+    sites: Sequence[Name] | None = None,
     *,
     rows: ArrayLike | None = None,
     method: Method = "logistic",
@@ -238,13 +239,13 @@ def _logistic(z: jax.Array, y: jax.Array, penalty: jax.Array) -> jax.Array:
     solver = optax.lbfgs()
     step = optax.value_and_grad_from_state(loss)
 
-    def improved(carry: tuple[jax.Array, Any, jax.Array]) -> tuple[jax.Array, Any, jax.Array]:
+    def improved(carry: tuple[jax.Array, optax.OptState, jax.Array]) -> tuple[jax.Array, optax.OptState, jax.Array]:
         weights, state, count = carry
         value, gradient = step(weights, state=state)
         updates, state = solver.update(gradient, state, weights, value=value, grad=gradient, value_fn=loss)
         return optax.apply_updates(weights, updates), state, count + 1
 
-    def goes_on(carry: tuple[jax.Array, Any, jax.Array]) -> jax.Array:
+    def goes_on(carry: tuple[jax.Array, optax.OptState, jax.Array]) -> jax.Array:
         gradient = optax.tree.get(carry[1], "grad")
         return (carry[2] == 0) | ((carry[2] < _STEPS) & (jnp.linalg.norm(gradient) > 1e-3))
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +29,7 @@ from gemma3_jax.run.forward import run
 from gemma3_jax.run.loss import counted_labels
 from gemma3_jax.run.pieces import token_losses
 from gemma3_jax.run.request import Request
-from gemma3_jax.types import IntegersLike, Params
+from gemma3_jax.types import IntegersLike, Method, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +130,7 @@ def test_prompt(
             f"the logits of token {int(ranks.argmin())} of the answer (counted from 0) are NaN or infinite: look for "
             "NaN or infinity in the parameters"
         )
-    spell: Callable[..., Any] = model.to_str_tokens  # a list for ids [p], a list of lists for ids [b, p]
+    spell: Method = model.to_str_tokens  # a list for ids [p], a list of lists for ids [b, p]
     return PromptResult(
         prompt=spell(before[0]),
         answer=spell(after[0]),

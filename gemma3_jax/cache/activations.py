@@ -8,7 +8,8 @@ import functools
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar, cast
+from types import EllipsisType
+from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar, cast
 
 import einops
 import jax
@@ -27,11 +28,10 @@ from gemma3_jax.elsewhere import missing
 from gemma3_jax.inputs import as_array, section
 from gemma3_jax.meshes import own_rows
 from gemma3_jax.processes import in_first, in_this, own_part, spans_processes, to_host
-from gemma3_jax.sites.names import Match, UnknownSite, get_act_name, resolve, searchable_names, spellings
+from gemma3_jax.sites.names import Match, Name, UnknownSite, get_act_name, resolve, searchable_names, spellings
 from gemma3_jax.sites.table import site, token_axis
 from gemma3_jax.types import Integers, Params, PyTree
 
-Name: TypeAlias = str | tuple[str, int] | tuple[str, int, str]
 Value = TypeVar("Value", bound=Integers)
 # The part of a cache that is not arrays: the config, the names, whether there is a batch axis, the reductions, and
 # whether logits_at chose positions.
@@ -378,5 +378,5 @@ def _cut(value: Value, index: int | slice | None, axis: int, what: str) -> Value
     kept, size = section(what, index), value.shape[axis]
     if not range(size)[kept]:
         raise ValueError(f"{what} {index} selects none of the {size} entries")
-    at: Any = (..., kept, *[slice(None)] * (-axis - 1))
+    at: tuple[EllipsisType | slice, ...] = (..., kept, *[slice(None)] * (-axis - 1))
     return cast(Value, value[at])

@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from gemma3_jax import atomic
 from gemma3_jax.config import ConfigError, Gemma3Config
 from gemma3_jax.reading import CheckpointError, map_tensor, parse_json, read_header, read_metadata
 from gemma3_jax.sites.names import site_names
+from gemma3_jax.types import Settings
 
 GRAD = "_grad"  # after the name of a site: its gradient
 INPUTS = ("tokens", "attention_mask")
@@ -47,7 +47,7 @@ class Contents:
     some_logits: bool
 
 
-def write(file: Path, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> None:
+def write(file: Path, arrays: Mapping[str, np.ndarray], settings: Settings) -> None:
     """Write arrays and settings, whole or not at all."""
     # safetensors writes the buffer as it is and ignores strides.
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}

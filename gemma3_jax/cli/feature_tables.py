@@ -2,19 +2,21 @@
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.table import Table
 
 from gemma3_jax.messages import printable
+from gemma3_jax.types import JsonObject
 
 if TYPE_CHECKING:
     from gemma3_jax.features.checking import Report
+    from gemma3_jax.features.parts import Feature
     from gemma3_jax.features.searches.found import Found, FoundFeature
 
 
-def report_as_dict(report: "Report") -> dict[str, Any]:
+def report_as_dict(report: "Report") -> JsonObject:
     """A report as JSON has it; a site that cannot be compared has null."""
     names = ("site", "fvu", "l0", "dead", "cosine", "delta_loss", "tokens")
     pairs = {name: dict(getattr(report, name)) for name in ("better", "neighbours")}
@@ -70,14 +72,14 @@ def _logits(each: "FoundFeature") -> Mapping[str, list[tuple[str, float]]]:
         return {"top_logits": [], "bottom_logits": []}
 
 
-def _coactive(found: "Found", feature: Any) -> list[dict[str, Any]]:
+def _coactive(found: "Found", feature: "Feature") -> list[JsonObject]:
     """The features that are active on the same tokens, of those that were searched; none if they were not counted."""
     with contextlib.suppress(KeyError):
         return [each._asdict() for each in found.coactive(feature)]
     return []
 
 
-def search_as_dict(found: "Found", shown: Sequence["FoundFeature"]) -> dict[str, Any]:
+def search_as_dict(found: "Found", shown: Sequence["FoundFeature"]) -> JsonObject:
     """What a search found, as JSON has it."""
     return {
         "tokens": found.tokens,

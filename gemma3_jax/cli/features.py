@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import numpy as np
 import typer
@@ -15,7 +15,11 @@ from gemma3_jax.cli.shared import Dtype, Revision, check_devices, console, say, 
 
 if TYPE_CHECKING:
     from gemma3_jax import HookedGemma3
+    from gemma3_jax.features.parts import Feature
+    from gemma3_jax.features.placement import Dictionary
     from gemma3_jax.features.searches.found import Found
+    from gemma3_jax.features.training.step import Figures, Kind
+    from gemma3_jax.inputs import Inputs
 
 features = typer.Typer(
     help="Sparse autoencoders and transcoders: check, search, show and train them.",
@@ -187,11 +191,11 @@ def train(
     if kind == "topk" and (format == "gemma_scope" or site_out is not None):
         raise ValueError(f"--format {format} has no such dictionary with --kind topk; use batchtopk or jumprelu")
     check_devices()
-    last: list[Any] = []
+    last: list[Figures] = []
     sae = do(
         ActivationStore(store),
         width,
-        cast(Any, kind),
+        cast("Kind", kind),
         k=k,
         site_in=site_in,
         site_out=site_out,
@@ -201,13 +205,13 @@ def train(
         seed=seed,
         report=lambda figures: last.__setitem__(slice(None), [figures]),
     )
-    save(sae, out, cast(Any, format), model_name=model_name)
+    save(sae, out, cast(Literal["gemma_scope", "saelens"], format), model_name=model_name)
     for each in last:
         say(f"step {each.step:,}: loss {each.loss:.3f}, L0 {each.l0:.1f}, FVU {each.fvu:.3f}, dead {each.dead:.1%}")
     say(f"{out}: {repr(sae).partition(chr(10))[0]}.")
 
 
-def _wanted(names: Sequence[str] | None, examples: int, most: int, state: Path | None) -> list[Any] | None:
+def _wanted(names: Sequence[str] | None, examples: int, most: int, state: Path | None) -> list["Feature"] | None:
     """The features that are named; None for all of them. Raises the errors of other options too."""
     if state is not None:
         atomic.check_new_file(state)
@@ -217,16 +221,16 @@ def _wanted(names: Sequence[str] | None, examples: int, most: int, state: Path |
     return [_feature(name) for name in names] if names else None
 
 
-def _feature(name: str) -> Any:
+def _feature(name: str) -> "Feature":
     """A feature of a name such as 1234 or 9/1234."""
     parts = name.split("/")
     if len(parts) > 2 or not all(part.isascii() and part.isdecimal() for part in parts):
         raise ValueError(f"the feature is {name!r}; write its number, such as 1234, or 9/1234 for one of layer 9")
-    numbers = tuple(map(int, parts))
-    return numbers if len(numbers) == 2 else numbers[0]
+    first, *rest = map(int, parts)
+    return (first, rest[0]) if rest else first
 
 
-def _labels(file: Path | None) -> dict[Any, str]:
+def _labels(file: Path | None) -> dict["Feature", str]:
     """The labels of a file, by feature."""
     from gemma3_jax.reading import read_json
 
@@ -236,7 +240,7 @@ def _labels(file: Path | None) -> dict[Any, str]:
     return {_feature(name): text for name, text in content.items()}
 
 
-def _searched(file: Path, field: str | None) -> Any:
+def _searched(file: Path, field: str | None) -> object:
     """The corpus of a file or folder, or a store."""
     from gemma3_jax.harvest import ActivationStore
 
@@ -251,8 +255,8 @@ def _dictionary(
     revision: str | None,
     site_in: str | None,
     site_out: str | None,
-    wanted: Sequence[Any] | None = None,
-) -> Any:
+    wanted: Sequence["Feature"] | None = None,
+) -> "Dictionary":
     """The dictionary, if it has the features that are wanted."""
     from gemma3_jax.features import load
     from gemma3_jax.features.parts import reader_of
@@ -267,7 +271,7 @@ def _dictionary(
     return sae
 
 
-def _model(source: str, sae: Any, dtype: str | None, revision: str | None) -> "HookedGemma3":
+def _model(source: str, sae: "Dictionary", dtype: str | None, revision: str | None) -> "HookedGemma3":
     """The model, if it has the sites of the dictionary."""
     from gemma3_jax import HookedGemma3
     from gemma3_jax.conversion.dtypes import parameter_dtype
@@ -284,7 +288,14 @@ def _model(source: str, sae: Any, dtype: str | None, revision: str | None) -> "H
 
 
 def _found(
-    model: Any, sae: Any, texts: Any, wanted: Any, k: int, rows: int, length: int, state: Path | None
+    model: "HookedGemma3",
+    sae: "Dictionary",
+    texts: object,
+    wanted: Sequence["Feature"] | None,
+    k: int,
+    rows: int,
+    length: int,
+    state: Path | None,
 ) -> "Found":
     """The search; its progress is shown on a terminal."""
     from gemma3_jax.features import search as find
@@ -292,14 +303,14 @@ def _found(
     return find(model, sae, texts, k, wanted, rows=rows, length=length, state=state)
 
 
-def _largest(found: "Found", most: int) -> list[Any]:
+def _largest(found: "Found", most: int) -> list["Feature"]:
     """The features with the largest values, the largest first, of those that were active."""
     order = np.argsort(-found.largest, kind="stable")[:most]
     names = found.features[order[found.largest[order] > 0]].tolist()
     return [tuple(name) if isinstance(name, list) else name for name in names]
 
 
-def _beginnings(model: "HookedGemma3", texts: Any, most: int, length: int) -> Any:
+def _beginnings(model: "HookedGemma3", texts: object, most: int, length: int) -> "Inputs":
     """The first documents of a corpus, cut, as the input of a run."""
     from gemma3_jax.harvest.documents import bos_of, documents
     from gemma3_jax.harvest.sources import as_corpus

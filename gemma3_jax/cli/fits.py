@@ -1,6 +1,6 @@
 """`gemma3-jax fits`: whether a run fits a machine that is not there."""
 
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.table import Table
@@ -10,6 +10,7 @@ from gemma3_jax.cli.shared import Revision, console, working
 
 if TYPE_CHECKING:
     from gemma3_jax.placing.fitting import Fit
+    from gemma3_jax.placing.programs import Wrt
 
 GIB = 2**30
 
@@ -49,7 +50,7 @@ def fits(
             capture=capture or (),
             return_type=None if captures_only else "logits",
             generate=generate,
-            gradients=cast(Any, gradients),
+            gradients=cast("Wrt", gradients),
             remat=remat,
             dtype=dtype,
             scan_layers=scan_layers,

@@ -1,12 +1,17 @@
 """`gemma3-jax harvest`: activations of a corpus to disk, how far a harvest is, and whether its files are whole."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from gemma3_jax.cli.shared import Dtype, Revision, check_devices, console, say, working
+
+if TYPE_CHECKING:
+    from gemma3_jax.harvest.packing import Pack
+    from gemma3_jax.harvest.sources import Corpus
+    from gemma3_jax.reductions import Cast, Int8
 
 harvest = typer.Typer(
     help="Write the activations of a corpus to a folder, and look after it.",
@@ -40,7 +45,7 @@ def run(
     from gemma3_jax.harvest import harvest as do
     from gemma3_jax.hooked.hooked import HookedGemma3
 
-    kinds: dict[str, Any] = {"whole": True, "cut": "cut", "no": False}
+    kinds: dict[str, Pack] = {"whole": True, "cut": "cut", "no": False}
     if pack not in kinds:
         raise ValueError(f"--pack is {pack!r}; it must be whole, cut or no")
     check_devices()
@@ -96,7 +101,7 @@ def verify(out: Store) -> None:
     say(f"{out} is whole.")
 
 
-def corpus_of(file: Path, field: str | None) -> Any:
+def corpus_of(file: Path, field: str | None) -> "Path | Corpus":
     """The corpus of a file, by its field if one is named."""
     from gemma3_jax.harvest.sources import READERS
 
@@ -110,9 +115,11 @@ def corpus_of(file: Path, field: str | None) -> Any:
     return reader(file, field)
 
 
-def _reduction(cast: str | None) -> Any:
+def _reduction(cast: str | None) -> "Cast | Int8 | None":
     from gemma3_jax import reductions
 
     if cast not in (None, "bfloat16", "float32", "int8"):
         raise ValueError(f"--cast is {cast!r}; it must be bfloat16, float32 or int8")
-    return cast and (reductions.Int8() if cast == "int8" else reductions.Cast(cast))
+    if cast is None:
+        return None
+    return reductions.Int8() if cast == "int8" else reductions.Cast(cast)

@@ -36,8 +36,19 @@ app = typer.Typer(
 )
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"gemma3-jax {gemma3_jax.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def options(traceback: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
+def options(
+    traceback: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
     """Gemma 3 in JAX, open at every site."""
     from gemma3_jax.kept import keep_programs
 

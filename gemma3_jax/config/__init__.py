@@ -1,7 +1,7 @@
 """The shape and constants of one Gemma 3 text model, read from and written to Hugging Face configs."""
 
-from gemma3_jax.config.parts import PAST_FLOAT16, RUN_DTYPES, ConfigError, EmbeddingHead, Json, LayerType, Rope
-from gemma3_jax.config.shape import PRESETS, Gemma3Config, shape_text
+from gemma3_jax.config.parts import PAST_FLOAT16, RUN_DTYPES, ConfigError, EmbeddingHead, LayerType, Rope
+from gemma3_jax.config.shape import PRESETS, Gemma3Config, check_config, shape_text
 
 __all__ = [
     "PAST_FLOAT16",
@@ -10,8 +10,8 @@ __all__ = [
     "ConfigError",
     "EmbeddingHead",
     "Gemma3Config",
-    "Json",
     "LayerType",
     "Rope",
+    "check_config",
     "shape_text",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Protocol, get_args
 
 from gemma3_jax.config.parts import (
     FLAGS,
@@ -12,7 +12,6 @@ from gemma3_jax.config.parts import (
     SPECIAL_TOKENS,
     ConfigError,
     EmbeddingHead,
-    Json,
     LayerType,
     Rope,
     is_positive,
@@ -20,6 +19,7 @@ from gemma3_jax.config.parts import (
     pattern,
     require,
 )
+from gemma3_jax.types import JsonObject, Settings
 
 # Defaults of transformers' Gemma3TextConfig for fields that a config.json leaves out. Published multimodal configs rely
 # on them: the config of the 4b has six fields of its text model.
@@ -48,7 +48,13 @@ _ACTIVATION = "gelu_pytorch_tanh"
 _ROPE_FIELDS = {"rope_type", "type", "rope_theta", "factor", "partial_rotary_factor"}
 
 
-def fields_of(config: Any) -> tuple[dict[str, Any], int | list[int] | None]:
+class WithDict(Protocol):
+    """What is read of a config of `transformers`."""
+
+    def to_dict(self) -> JsonObject: ...
+
+
+def fields_of(config: Settings | WithDict) -> tuple[JsonObject, int | list[int] | None]:
     """The fields of a `Gemma3Config` and the stop tokens, from a Hugging Face config: see `Gemma3Config.from_hf`.
 
     Raises:
@@ -85,18 +91,17 @@ def fields_of(config: Any) -> tuple[dict[str, Any], int | list[int] | None]:
     return fields, stop
 
 
-def written(config: Any) -> dict[str, Any]:
-    """The `config.json` of a config: see `Gemma3Config.to_hf`."""
-    fields = dataclasses.asdict(config)
+def written(fields: JsonObject) -> JsonObject:
+    """The `config.json` of the fields of a config, which it changes: see `Gemma3Config.to_hf`."""
     head = fields.pop("embedding_head")
     if head is not None:
         fields["embedding_head"] = {**head, "dense": list(head["dense"]), "prompts": dict(head["prompts"])}
     fields["layer_types"] = list(fields["layer_types"])
     del fields["allow_truncated_logits"]  # a decision for one session
-    if config.truncated_from is None:
+    if fields["truncated_from"] is None:
         del fields["truncated_from"]
-    if isinstance(config.eos_token_id, tuple):
-        fields["eos_token_id"] = list(config.eos_token_id)
+    if isinstance(fields["eos_token_id"], tuple):
+        fields["eos_token_id"] = list(fields["eos_token_id"])
     ropes = {"sliding_attention": fields.pop("rope_sliding"), "full_attention": fields.pop("rope_full")}
     return {
         "architectures": ["Gemma3ForCausalLM"],
@@ -107,7 +112,7 @@ def written(config: Any) -> dict[str, Any]:
     }
 
 
-def _check_model_type(raw: Json) -> None:
+def _check_model_type(raw: Settings) -> None:
     model_type = raw.get("model_type", "gemma3_text")
     if model_type not in _MODEL_TYPES:
         raise ConfigError(f"model_type is {model_type!r}; this port supports {' and '.join(_MODEL_TYPES)}")
@@ -124,7 +129,7 @@ def _embedding_head(entry: object) -> EmbeddingHead | None:
     return EmbeddingHead(dense=tuple(dense), prompts=tuple(prompts.items()), **fields)
 
 
-def _layer_types(raw: Json) -> tuple[LayerType, ...]:
+def _layer_types(raw: Settings) -> tuple[LayerType, ...]:
     values = raw.get("layer_types")
     if values is not None:
         return tuple(values) if isinstance(values, list) else values
@@ -138,7 +143,7 @@ def _layer_types(raw: Json) -> tuple[LayerType, ...]:
     return pattern(layers, every)
 
 
-def _ropes(raw: Json) -> tuple[Rope, Rope]:
+def _ropes(raw: Settings) -> tuple[Rope, Rope]:
     """The (full, sliding) rotary embeddings of any config style, or of styles merged as in Hugging Face."""
     new = mapping(raw.get("rope_parameters"), "rope_parameters")
     kinds = get_args(LayerType)
@@ -155,14 +160,14 @@ def _ropes(raw: Json) -> tuple[Rope, Rope]:
     return _rope_from_hf(full, "full_attention"), _rope_from_hf(sliding, "sliding_attention")
 
 
-def _rope_entry(value: Any, name: str) -> dict[str, Any]:
+def _rope_entry(value: object, name: str) -> JsonObject:
     """A mapping of rope parameters, in which the old key `type` is `rope_type` unless that is there, too."""
     entry = dict(mapping(value, name))
     old = entry.pop("type", None)
     return entry if old is None else {"rope_type": old, **entry}
 
 
-def _rope_from_hf(entry: dict[str, Any], where: str) -> Rope:
+def _rope_from_hf(entry: Settings, where: str) -> Rope:
     values = {name: value for name, value in entry.items() if value is not None}
     kind = values.pop("rope_type", "default")
     require(kind in ("default", "linear"), f"rope_type of {where} is {kind!r}; this port takes 'default' and 'linear'")
@@ -181,6 +186,6 @@ def _rope_from_hf(entry: dict[str, Any], where: str) -> Rope:
     return Rope(float(theta), float(factor))
 
 
-def _rope_to_hf(theta: float, factor: float) -> dict[str, Any]:
+def _rope_to_hf(theta: float, factor: float) -> JsonObject:
     scaling = {"rope_type": "default"} if factor == 1.0 else {"rope_type": "linear", "factor": factor}
     return {**scaling, "rope_theta": theta}

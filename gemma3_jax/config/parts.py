@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, TypeGuard, cast
+from typing import Literal, TypeGuard, cast
 
 from gemma3_jax.messages import printable
+from gemma3_jax.types import Settings
 
-Json = Mapping[str, Any]  # an object of a JSON file
 LayerType = Literal["sliding_attention", "full_attention"]
 
 SIZES = (
@@ -93,12 +93,12 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def mapping(value: object, name: str) -> Json:
+def mapping(value: object, name: str) -> Settings:
     """`value`, after a check that it is a mapping; None is an empty mapping, except for the config itself."""
     if value is None and name:
         return {}
     require(isinstance(value, Mapping), f"{name or 'the config'} is {value!r}; it must be a mapping")
-    return cast(Json, value)
+    return cast(Settings, value)
 
 
 def is_integer(value: object) -> TypeGuard[int]:

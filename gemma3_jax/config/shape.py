@@ -1,13 +1,14 @@
 """The shape and constants of one Gemma 3 text model."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gemma3_jax.config.checks import check_layers, check_values
-from gemma3_jax.config.huggingface import fields_of, written
+from gemma3_jax.config.huggingface import WithDict, fields_of, written
 from gemma3_jax.config.parts import SIZES, ConfigError, EmbeddingHead, LayerType, Rope, pattern
 from gemma3_jax.descriptions import Described, Description
 from gemma3_jax.elsewhere import missing
+from gemma3_jax.types import JsonObject, Settings
 
 # The fields that `shape_text` has.
 _IN_SHAPE = (*SIZES, "layer_types", "truncated_from")
@@ -60,10 +61,10 @@ class Gemma3Config(Described):
     embedding_head: EmbeddingHead | None = None
 
     def __post_init__(self) -> None:
-        check_values(self)
+        check_values(vars(self))
         types = tuple(self.layer_types) or pattern(self.num_hidden_layers, every=6)
         object.__setattr__(self, "layer_types", types)
-        check_layers(self)
+        check_layers(vars(self))
 
     if not TYPE_CHECKING:  # a type checker is to report missing attributes itself
 
@@ -119,7 +120,7 @@ class Gemma3Config(Described):
         return PRESETS[size]
 
     @classmethod
-    def from_hf(cls, config: Any) -> "Gemma3Config":
+    def from_hf(cls, config: Settings | WithDict) -> "Gemma3Config":
         """Read a Hugging Face config: a `config.json` as a dict, or a `PretrainedConfig`.
 
         Accepts text configs and multimodal configs (their `text_config`), and these dialects:
@@ -146,12 +147,12 @@ class Gemma3Config(Described):
         """
         return dataclasses.replace(self, eos_token_id=tuple(stop) if isinstance(stop, list) else stop)
 
-    def to_hf(self) -> dict[str, Any]:
+    def to_hf(self) -> JsonObject:
         """The `config.json` of a `Gemma3ForCausalLM` with this shape; `from_hf` reads it back to an equal config.
 
         The entry `embedding_head`, of a config that has one, is this library's own.
         """
-        return written(self)
+        return written(dataclasses.asdict(self))
 
 
 def shape_text(config: Gemma3Config) -> str:
@@ -168,6 +169,15 @@ def shape_text(config: Gemma3Config) -> str:
     heads = f"{config.num_attention_heads} heads of {config.head_dim} over {config.num_key_value_heads} key/value heads"
     sizes = f"d {config.hidden_size}, {heads}, MLP {config.intermediate_size}, vocabulary {config.vocab_size}"
     return f"{layers} ({full} full, {sliding}), {sizes}"
+
+
+def check_config(config: object) -> None:
+    """Raise TypeError for something else than a `Gemma3Config`."""
+    if not isinstance(config, Gemma3Config):
+        raise TypeError(
+            f"config is a {type(config).__name__}; it must be a Gemma3Config, which comes before params; "
+            "Gemma3Config.from_hf(config) makes one of Hugging Face's"
+        )
 
 
 def _preset(d: int, n: int, h: int, g: int, e: int, f: int, *, large: bool, scalar: int = 256) -> Gemma3Config:

@@ -4,12 +4,12 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import regex
 
 from gemma3_jax.conversion import files
 from gemma3_jax.reading import CheckpointError
+from gemma3_jax.types import Settings
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -51,7 +51,7 @@ class AdapterConfig:
     kind: str
     base: str | None
     revision: str | None
-    raw: Mapping[str, Any]
+    raw: Settings
 
     def rank(self, module: str) -> int:
         """The rank of a module."""
@@ -169,13 +169,13 @@ def _names(config: AdapterConfig, field: str) -> list[str] | str | None:
     return [value] if isinstance(value, str) and field == "modules_to_save" else value
 
 
-def _positive(config: AdapterConfig, name: str, value: Any) -> int:
+def _positive(config: AdapterConfig, name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise CheckpointError(f"{config.file}: {name} is {value!r}; it must be a positive integer")
     return value
 
 
-def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
+def _by_pattern(patterns: Settings | None, module: str, default: object) -> object:
     """The value of the first pattern that is the end of a module's name."""
     return next((value for key, value in (patterns or {}).items() if _matches(rf"(.*\.)?({key})$", module)), default)
 

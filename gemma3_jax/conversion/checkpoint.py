@@ -2,20 +2,19 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from gemma3_jax.config import Gemma3Config
+from gemma3_jax.config import Gemma3Config, check_config
 from gemma3_jax.conversion import files
 from gemma3_jax.conversion.assemble import assemble
 from gemma3_jax.conversion.gemma3 import is_other_head
 from gemma3_jax.conversion.hub import locate, refuse_revision
 from gemma3_jax.conversion.plan import find_prefix
 from gemma3_jax.conversion.sources import convert_sources, locate_sources
-from gemma3_jax.conversion.tensors import of_directory, of_state_dict
+from gemma3_jax.conversion.tensors import ForeignTensor, of_directory, of_state_dict
 from gemma3_jax.types import Params, Shardings
 
 
@@ -117,7 +116,9 @@ def read_heads(source: str | os.PathLike[str], revision: str | None = None) -> d
     return {key: jnp.asarray(tensors.read(key)) for key in tensors.shapes if is_other_head(key, prefix)}
 
 
-def convert_state_dict(state_dict: Mapping[str, Any], config: Gemma3Config, dtype: DTypeLike | None = None) -> Params:
+def convert_state_dict(
+    state_dict: Mapping[str, ForeignTensor], config: Gemma3Config, dtype: DTypeLike | None = None
+) -> Params:
     """Turn a Hugging Face model's `state_dict()` into the model's parameter pytree.
 
     Args:
@@ -128,4 +129,5 @@ def convert_state_dict(state_dict: Mapping[str, Any], config: Gemma3Config, dtyp
     Raises:
         CheckpointError: as in `convert_checkpoint`.
     """
+    check_config(config)
     return assemble(config, of_state_dict(state_dict), dtype)

@@ -22,7 +22,7 @@ from gemma3_jax.conversion.sentence_transformers import write_head
 from gemma3_jax.conversion.tokenizers import TokenizerSource, check_tokenizer, copy_tokenizer
 from gemma3_jax.conversion.transforms import AddOne
 from gemma3_jax.conversion.words import listed
-from gemma3_jax.model.layout import unstack_layers
+from gemma3_jax.model.layout import check_model, unstack_layers
 from gemma3_jax.processes import in_all, in_first, to_host
 from gemma3_jax.reading import CheckpointError
 from gemma3_jax.types import Params
@@ -75,6 +75,7 @@ def export_checkpoint(
         files.check_target(directory)
         check_tokenizer(tokenizer)
 
+    check_model(config, params)
     in_first(check)
     config.check_logits("dataclasses.replace(config, allow_truncated_logits=True) writes a checkpoint of these layers")
     number = isinstance(max_shard_size, int | np.integer) and not isinstance(max_shard_size, bool)

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from gemma3_jax import atomic
-from gemma3_jax.config import ConfigError, Gemma3Config, Json
+from gemma3_jax.config import ConfigError, Gemma3Config
 from gemma3_jax.conversion.gemma3 import is_unembedding
 from gemma3_jax.processes import in_first
 from gemma3_jax.reading import CheckpointError, Stored, read_header, read_json
+from gemma3_jax.types import Settings
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -70,7 +71,7 @@ def read_config(directory: Path) -> Gemma3Config:
         raise ConfigError(f"{file}: {error}") from error
 
 
-def read_quantization(directory: Path) -> Json:
+def read_quantization(directory: Path) -> Settings:
     """What the config.json of a checkpoint says about the quantisation of its weights; empty if it says nothing.
 
     Raises:
@@ -193,7 +194,7 @@ def writing(directory: str | os.PathLike[str]) -> Iterator[Path]:
         in_first(stack.close)
 
 
-def write_json(file: Path, value: Json | Sequence[Json]) -> None:
+def write_json(file: Path, value: Settings | Sequence[Settings]) -> None:
     """Write `value` as indented JSON."""
     file.write_text(json.dumps(value, indent=2) + "\n")
 
@@ -211,7 +212,7 @@ def write_configs(directory: Path, config: Gemma3Config, source: object, **extra
     write_json(directory / GENERATION, {**settings, **tokens})
 
 
-def _generation(directory: Path) -> Json:
+def _generation(directory: Path) -> Settings:
     """The content of a checkpoint's generation_config.json, or an empty mapping."""
     file = directory / GENERATION
     settings = read_json(file) if os.path.lexists(file) else {}

@@ -7,10 +7,9 @@ order, and norms are stored as 1 + w.
 import functools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from gemma3_jax.conversion.tensors import Tensors
 from gemma3_jax.conversion.words import listed
 from gemma3_jax.extras import needs_extra
 from gemma3_jax.reading import CheckpointError, Stored
+from gemma3_jax.types import JsonObject, Settings
 
 ARCHITECTURE = "gemma3"
 # Hugging Face's keys after `model.`, by GGUF name; `{}` is the number of the layer.
@@ -65,13 +65,13 @@ def config_of(header: Header) -> Gemma3Config:
     _check_kind(header)
     fields, file = header.fields, header.file
 
-    def get(name: str, default: Any = None) -> Any:
+    def get(name: str, default: object = None) -> object:
         return _as_meant(fields.get(f"{ARCHITECTURE}.{name}", default))
 
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
         raise CheckpointError(f"{file} has no model: it lacks token_embd.weight")
-    raw = {
+    raw: JsonObject = {
         "vocab_size": embedding.shape[0],
         "hidden_size": get("embedding_length"),
         "num_hidden_layers": get("block_count"),
@@ -155,7 +155,7 @@ def _check_kind(header: Header) -> None:
         )
 
 
-def _as_meant(value: Any) -> Any:
+def _as_meant(value: object) -> object:
     """A number that was rounded to float32 as the decimal that was rounded: 1e-6 is 9.99999997e-7 in the file.
 
     >>> _as_meant(9.999999974752427e-07)
@@ -164,26 +164,26 @@ def _as_meant(value: Any) -> Any:
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def _one(value: Any) -> Any:
+def _one(value: object) -> object:
     """The value of all layers, where a file has one for each."""
     return value[0] if isinstance(value, list) and len(set(value)) == 1 else value
 
 
-def _published(raw: Mapping[str, Any]) -> Gemma3Config | None:
+def _published(raw: Settings) -> Gemma3Config | None:
     """The published model of the same width, heads and head_dim, or None. Layers and vocabulary may differ."""
     names = ("hidden_size", "num_attention_heads", "head_dim")
     same = (preset for preset in PRESETS.values() if all(getattr(preset, name) == raw[name] for name in names))
     return next(same, None)
 
 
-def _pattern(pattern: Any) -> dict[str, Any]:
+def _pattern(pattern: object) -> JsonObject:
     """The fields of layer types: from a number, whose multiples are full layers, or a flag per layer, 1 if local."""
     if isinstance(pattern, list):
         return {"layer_types": ["sliding_attention" if local else "full_attention" for local in pattern]}
     return {"sliding_window_pattern": pattern}
 
 
-def _special_tokens(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _special_tokens(fields: Settings) -> JsonObject:
     """The special tokens. Those that end a text are the file's, and, of a chat model, the token that ends a turn.
 
     llama.cpp finds that token by its text too, where the file has only one `eos_token_id`.
@@ -225,7 +225,7 @@ def _check_dequantises(file: Path, kind: str) -> None:
         ) from None
 
 
-def _dequantiser(kind: str) -> Any:
+def _dequantiser(kind: str) -> Callable[[np.ndarray], np.ndarray]:
     with needs_extra("gguf", "GGUF files need"):
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from gemma3_jax.conversion.files import GGUF_MAGIC
 from gemma3_jax.extras import needs_extra
 from gemma3_jax.reading import CheckpointError, Stored, check_file
+from gemma3_jax.types import Settings
 
 # By the number of the type: the code of `struct`. A string is 8 and an array is 9.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -36,7 +37,7 @@ class Header:
     """
 
     file: Path
-    fields: Mapping[str, Any]
+    fields: Settings
     tensors: Mapping[str, Stored]
 
 
@@ -101,7 +102,7 @@ class _Incomplete(ValueError):
     """A header that goes on after the bytes that were read."""
 
 
-def vocabulary(fields: Mapping[str, Any]) -> list[str]:
+def vocabulary(fields: Settings) -> list[str]:
     """The tokens in the metadata of a GGUF file; none if that has something else in their place."""
     tokens = fields.get("tokenizer.ggml.tokens")
     return tokens if isinstance(tokens, list) and all(isinstance(token, str) for token in tokens) else []
@@ -154,7 +155,7 @@ class _Reader:
         self._advance(at - self.at)
         return texts
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int) -> object:
         if kind == _STRING:
             return self.strings()[0]
         if kind != _ARRAY:
@@ -177,7 +178,7 @@ def _scalar(kind: int) -> str:
 def _read(file: Path, data: mmap.mmap | bytes, size: int) -> Header:
     reader = _Reader(data)
     _, n_tensors, n_fields = reader.number("I"), reader.number("Q"), reader.number("Q")
-    fields: dict[str, Any] = {}
+    fields: dict[str, object] = {}
     for _ in range(n_fields):
         [key] = reader.strings()
         if key in fields:

@@ -1,11 +1,12 @@
 """The tokenizer of a GGUF file: beside it, or made from its vocabulary and kept in the cache directory."""
 
+from __future__ import annotations
+
 import hashlib
 import logging
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma3_jax.conversion import files
 from gemma3_jax.conversion.gguf_header import Header, vocabulary
@@ -13,6 +14,10 @@ from gemma3_jax.conversion.tokenizers import load_tokenizer as load_tokenizer_fi
 from gemma3_jax.kept import cache_directory
 from gemma3_jax.messages import printable
 from gemma3_jax.reading import CheckpointError
+from gemma3_jax.types import Settings, Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
 
@@ -23,7 +28,7 @@ _TURNS = ("<start_of_turn>", "<end_of_turn>")
 _SAMPLE = 1000  # tokens
 
 
-def load_tokenizer(header: Header) -> Any:
+def load_tokenizer(header: Header) -> Tokenizer | None:
     """The Hugging Face tokenizer of a GGUF file, or None if the file has no vocabulary of SentencePiece.
 
     Tokenizer files in the directory of the file come first. If there are none, the tokenizer is made from the file's
@@ -58,7 +63,7 @@ def load_tokenizer(header: Header) -> Any:
     return load_tokenizer_files(kept)
 
 
-def _made(header: Header, message: str) -> Any:
+def _made(header: Header, message: str) -> Tokenizer | None:
     """The tokenizer of the file's vocabulary, or None, with a warning, if that is damaged; `message` is logged."""
     _log.info("%s", message)
     try:
@@ -69,7 +74,7 @@ def _made(header: Header, message: str) -> Any:
         return None
 
 
-def tokenizer_of(fields: Mapping[str, Any]) -> Any:
+def tokenizer_of(fields: Settings) -> Tokenizer:
     """A `GemmaTokenizer` from the metadata of a GGUF file, without torch.
 
     The file has the pieces of SentencePiece, but not the merges of byte-pair encoding. These are all the cuts of each
@@ -77,13 +82,13 @@ def tokenizer_of(fields: Mapping[str, Any]) -> Any:
     """
     from transformers import AddedToken, GemmaTokenizer  # the import takes a second
 
-    def get(name: str, default: Any = None) -> Any:
+    def get(name: str, default: object = None) -> Any:
         return fields.get(f"tokenizer.ggml.{name}", default)
 
     # The file has runs of spaces as they are, but `GemmaTokenizer` spells each space.
     tokens = [token if token.strip(" ") else _SPACE * len(token) for token in vocabulary(fields)]
     ids_of = {token: i for i, token in enumerate(tokens)}
-    merges: Any = [  # transformers accepts pairs too
+    merges = [  # transformers accepts pairs too
         (token[:cut], token[cut:])
         for token in tokens
         for cut in range(len(token) - 1, 0, -1)
@@ -107,14 +112,14 @@ def tokenizer_of(fields: Mapping[str, Any]) -> Any:
     return tokenizer
 
 
-def _fingerprint(fields: Mapping[str, Any]) -> str:
+def _fingerprint(fields: Settings) -> str:
     """A name for what determines the tokenizer: its metadata, and the versions that make and write it."""
     ours = sorted((key, value) for key, value in fields.items() if key.startswith("tokenizer."))
     versions = [version(name) for name in ("gemma3-jax", "transformers")]
     return hashlib.sha256(repr((ours, versions)).encode()).hexdigest()[:32]
 
 
-def _check_same(file: Path, tokenizer: Any, tokens: list[str]) -> None:
+def _check_same(file: Path, tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
     """Raise if most of the tokens that both have are spelled differently. A fine-tune may rename a few."""
     ids = range(0, len(tokens), -(-len(tokens) // _SAMPLE) or 1)
     theirs = tokenizer.convert_ids_to_tokens([i for i in ids if i < len(tokenizer)])

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from typing import Any
 
 from jax.typing import DTypeLike
 
@@ -14,7 +13,7 @@ from gemma3_jax.reading import CheckpointError
 from gemma3_jax.types import Params
 
 
-def convert_model(model: Any, dtype: DTypeLike | None = None) -> tuple[Gemma3Config, Params]:
+def convert_model(model: object, dtype: DTypeLike | None = None) -> tuple[Gemma3Config, Params]:
     """The config and the parameters of a model in memory, which does not change.
 
     Args:
@@ -43,7 +42,7 @@ def convert_model(model: Any, dtype: DTypeLike | None = None) -> tuple[Gemma3Con
     return config, assemble(config, tensors, dtype)
 
 
-def _without_adapters(model: Any) -> Any:
+def _without_adapters(model: object) -> object:
     """The model, or a copy of it with its PEFT adapters merged."""
     if not hasattr(model, "peft_config") and not getattr(model, "_hf_peft_config_loaded", False):
         return model

@@ -12,7 +12,6 @@ import json
 import math
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -27,6 +26,7 @@ from gemma3_jax.conversion.quantised_settings import (
 )
 from gemma3_jax.conversion.words import listed
 from gemma3_jax.reading import CheckpointError
+from gemma3_jax.types import Settings
 
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 # Parts of activations and caches, which a model without quantised activations does not need.
@@ -68,7 +68,7 @@ def quantised_weights(
     shapes: Mapping[str, tuple[int, ...]],
     dtypes: Mapping[str, str],
     read: Read,
-    settings: Mapping[str, Any],
+    settings: Settings,
 ) -> tuple[dict[str, Weight], frozenset[str]]:
     """The quantised weights of a checkpoint by key, and the keys of all tensors that only quantisation needs.
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from gemma3_jax.reading import CheckpointError
+from gemma3_jax.types import Settings
 
 Read = Callable[[str], np.ndarray]
 
@@ -38,7 +39,7 @@ class StoredParts:
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
     read: Read
-    settings: Mapping[str, Any]
+    settings: Settings
 
     def has(self, key: str) -> bool:
         return key in self.shapes
@@ -71,7 +72,7 @@ def check_method(stored: StoredParts) -> None:
             raise refused(stored, "mlx", f" ({key})")
 
 
-def _mapping(stored: StoredParts, settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def _mapping(stored: StoredParts, settings: Settings, name: str) -> Settings:
     """A field that is an object or absent."""
     value = settings.get(name) or {}
     if not isinstance(value, Mapping):
@@ -79,19 +80,19 @@ def _mapping(stored: StoredParts, settings: Mapping[str, Any], name: str) -> Map
     return value
 
 
-def _groups(stored: StoredParts) -> list[Mapping[str, Any]]:
+def _groups(stored: StoredParts) -> list[Settings]:
     """The groups of weights in the settings of compressed-tensors; a group that only names a preset has no fields."""
     groups = _mapping(stored, stored.settings, "config_groups")
     return [group for group in groups.values() if isinstance(group, Mapping)]
 
 
-def of_weights(stored: StoredParts, name: str) -> list[Any]:
+def of_weights(stored: StoredParts, name: str) -> list[object]:
     """A field of the weights in each group that has it."""
     values = [_mapping(stored, group, "weights").get(name) for group in _groups(stored)]
     return [value for value in values if value is not None]
 
 
-def invalid(stored: StoredParts, name: str, value: Any) -> CheckpointError:
+def invalid(stored: StoredParts, name: str, value: object) -> CheckpointError:
     return CheckpointError(f"{stored.checkpoint}: {name} of its quantization_config is {value!r}, which is not valid")
 
 

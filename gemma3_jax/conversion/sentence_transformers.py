@@ -19,6 +19,7 @@ from gemma3_jax.conversion import files
 from gemma3_jax.conversion.gemma3 import dense_entries
 from gemma3_jax.conversion.tensors import Tensors, of_stored
 from gemma3_jax.reading import CheckpointError, Stored, read_header, read_json
+from gemma3_jax.types import Settings
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class _Module:
 
     kind: str
     folder: Path
-    config: Mapping[str, Any]
+    config: Settings
 
 
 def with_head(directory: Path, config: Gemma3Config) -> Gemma3Config:
@@ -153,7 +154,7 @@ def _modules(directory: Path) -> list[_Module]:
     return modules
 
 
-def _mapping(file: Path) -> Mapping[str, Any]:
+def _mapping(file: Path) -> Settings:
     """The JSON object in a file; empty if there is no file, as for modules without settings."""
     if not os.path.lexists(file):
         return {}
@@ -183,7 +184,7 @@ def _checked(modules: Sequence[_Module]) -> tuple[list[_Module], bool]:
     return dense, normalize
 
 
-def _check_pooling(config: Mapping[str, Any]) -> None:
+def _check_pooling(config: Settings) -> None:
     old = [name.removeprefix(_POOLING_MODES) for name, on in config.items() if name.startswith(_POOLING_MODES) and on]
     new = config.get("pooling_mode")
     modes = old if new is None else [new] if isinstance(new, str) else list(new)

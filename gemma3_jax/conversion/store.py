@@ -20,7 +20,7 @@ from gemma3_jax.conversion.placement import placements_of
 from gemma3_jax.conversion.tokenizers import TokenizerSource, check_tokenizer, copy_tokenizer
 from gemma3_jax.conversion.transforms import AddOne
 from gemma3_jax.conversion.truncation import truncate
-from gemma3_jax.model.layout import unstack_layers
+from gemma3_jax.model.layout import check_model, unstack_layers
 from gemma3_jax.processes import in_all, in_first
 from gemma3_jax.reading import CheckpointError, check_file
 from gemma3_jax.sites.names import block_key
@@ -65,6 +65,7 @@ def save_params(
         files.check_target(directory)
         check_tokenizer(tokenizer)
 
+    check_model(config, params)
     in_first(check)
     params = unstack_layers(config, params)
     in_all(lambda: check_params(config, params))

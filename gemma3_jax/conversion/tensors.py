@@ -5,17 +5,17 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Protocol, TypeVar
 
 import jax
 import numpy as np
 
 from gemma3_jax import reading
-from gemma3_jax.config import Json
 from gemma3_jax.conversion import files
 from gemma3_jax.conversion.gemma3 import is_unembedding
 from gemma3_jax.conversion.quantised import quantised_weights
 from gemma3_jax.reading import CheckpointError
+from gemma3_jax.types import Settings
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +28,16 @@ Reader = Callable[[slice], np.ndarray]
 # Modules that torch puts around another to compile it, to shard it, or to recompute its activations.
 _WRAPPER = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _MODULE = re.compile(r"(?:^|\.)(?:layers|embed_tokens|norm|lm_head)\.")
+
+
+class ForeignTensor(Protocol):
+    """What is read of the tensors of a state dict: of torch, of NumPy or of JAX."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> object: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +88,7 @@ def of_directory(directory: Path, is_wanted: Callable[[str], bool] = lambda key:
 def of_stored(
     checkpoint: str,
     stored: Mapping[str, reading.Stored],
-    quantization: Json | None = None,
+    quantization: Settings | None = None,
     read: Callable[[str], np.ndarray] | None = None,
 ) -> Tensors:
     """The tensors with these headers, by key; `quantization` is what the config says about their quantisation.
@@ -97,7 +107,7 @@ def of_stored(
     )
 
 
-def of_state_dict(state_dict: Mapping[str, Any]) -> Tensors:
+def of_state_dict(state_dict: Mapping[str, ForeignTensor]) -> Tensors:
     """The tensors of a `state_dict()`, torch tensors or NumPy arrays. Quantised weights are read dequantised.
 
     Raises:
@@ -142,7 +152,7 @@ def _tensors(
     dtypes: Mapping[str, str],
     open: Callable[[str], Reader],
     file_of: Callable[[str], str],
-    quantization: Mapping[str, Any],
+    quantization: Settings,
 ) -> Tensors:
     """The tensors as a model has them, of the tensors as they are stored; `dtypes` are as the source names them."""
     names = {key: str(reading.NUMPY_DTYPES.get(name, name)) for key, name in dtypes.items()}
@@ -166,7 +176,7 @@ def _tensors(
     )
 
 
-def _to_numpy(tensor: Any) -> np.ndarray:
+def _to_numpy(tensor: ForeignTensor) -> np.ndarray:
     if not hasattr(tensor, "detach"):
         return np.asarray(tensor)
     # torch's .numpy() does not support bfloat16; DLPack does.

@@ -1,10 +1,12 @@
 """Tokenizers of checkpoints: found, tried, and copied."""
 
+from __future__ import annotations
+
 import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from gemma3_jax.conversion.files import TOKENIZER_FILES
 from gemma3_jax.conversion.hub import locate
@@ -12,6 +14,9 @@ from gemma3_jax.extras import needs_extra
 from gemma3_jax.messages import printable
 from gemma3_jax.reading import CheckpointError, check_file, read_json
 from gemma3_jax.types import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # A tokenizer, or the directory or hub id of one.
 TokenizerSource: TypeAlias = Tokenizer | str | os.PathLike[str]
@@ -22,6 +27,13 @@ _SENTENCEPIECE = "tokenizer.model"
 _READ_BY_TRANSFORMERS = (".json", ".jinja", ".model")
 _REMEDY = "download it again, or pass tokenizer="
 _TRIED = 256  # tokens
+# By the `tokenizer_class` of a tokenizer_config.json: what `AutoTokenizer` takes for a Gemma 3 model.
+_CLASSES = {
+    "GemmaTokenizer": "GemmaTokenizer",
+    "GemmaTokenizerFast": "GemmaTokenizer",
+    "PreTrainedTokenizerFast": "PreTrainedTokenizerFast",
+    "TokenizersBackend": "PreTrainedTokenizerFast",
+}
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -40,10 +52,11 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
     """
     if not has_tokenizer(directory):
         return None
-    tokenizer, failure = _read(directory)
-    if failure:
-        _log.warning("%s: the model is loaded without a tokenizer, because %s", directory, printable(failure))
-    return tokenizer
+    found = _read(directory)
+    if isinstance(found, str):
+        _log.warning("%s: the model is loaded without a tokenizer, because %s", directory, printable(found))
+        return None
+    return found
 
 
 def tokenizer_from(source: TokenizerSource) -> Tokenizer:
@@ -58,10 +71,10 @@ def tokenizer_from(source: TokenizerSource) -> Tokenizer:
     directory = locate(source, files=TOKENIZER_FILES)
     if not has_tokenizer(directory):
         raise CheckpointError(_nothing_found(source))
-    tokenizer, failure = _read(directory)
-    if failure:
-        raise CheckpointError(f"{source} has no tokenizer that works: {failure}")
-    return tokenizer
+    found = _read(directory)
+    if isinstance(found, str):
+        raise CheckpointError(f"{source} has no tokenizer that works: {found}")
+    return found
 
 
 def check_tokenizer(tokenizer: TokenizerSource | None) -> None:
@@ -118,18 +131,30 @@ def has_vocabulary(directory: Path) -> bool:
     return any((directory / name).exists() for name in ("tokenizer.json", _SENTENCEPIECE))
 
 
-def _read(directory: Path) -> tuple[Any, str]:
-    """The tokenizer of a directory and "", or None and the reason why it does not work."""
+def _read(directory: Path) -> Tokenizer | str:
+    """The tokenizer of a directory, or the reason why it does not work."""
     check_files(directory)
-    from transformers import AutoTokenizer  # the import takes a second, and only text needs it
+    import transformers  # the import takes half a second, and only text needs it
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        loader = getattr(transformers, _class_of(directory))
+        tokenizer = loader.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         _check_contents(directory)
-        return None, f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error}"
     failure = _trial(tokenizer)
-    return (None, f"{failure} ({_sources(directory)})") if failure else (tokenizer, "")
+    return f"{failure} ({_sources(directory)})" if failure else tokenizer
+
+
+def _class_of(directory: Path) -> str:
+    """The class of `transformers` that reads a tokenizer: the one that `AutoTokenizer` would choose, if it is known.
+
+    `AutoTokenizer` imports torch where that is installed, which takes longer than the rest of its work.
+    """
+    file = directory / "tokenizer_config.json"
+    settings = read_json(file) if file.exists() else {}
+    name = settings.get("tokenizer_class") if isinstance(settings, dict) and "auto_map" not in settings else None
+    return _CLASSES.get(str(name), "AutoTokenizer")
 
 
 def _sources(directory: Path) -> str:
@@ -137,7 +162,7 @@ def _sources(directory: Path) -> str:
     return f"the directory has {present}; a tokenizer is in tokenizer.json or {_SENTENCEPIECE}"
 
 
-def _trial(tokenizer: Any) -> str:
+def _trial(tokenizer: PreTrainedTokenizerBase) -> str:
     """What is wrong with a tokenizer, or "". It must give back a text that is made of words of its own vocabulary.
 
     A text in English would not do: small models have vocabularies of their own. `AutoTokenizer` makes a tokenizer of

@@ -16,10 +16,10 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from jax.sharding import Sharding
 
-from gemma3_jax.config import Json
 from gemma3_jax.conversion import files
 from gemma3_jax.conversion.placement import Part, Placement
 from gemma3_jax.processes import to_host
+from gemma3_jax.types import Settings
 
 # Each array has as many files as a host has devices, or fewer: every device then writes and reads whole files.
 _FILES = 8
@@ -118,7 +118,7 @@ def _has_whole_files(array: jax.Array, part: Sequence[int]) -> bool:
 
 def _stored(info: ocp.type_handlers.ParamInfo) -> ts.TensorStore:
     """An array on disk, open for reading; earlier versions wrote all arrays into one database."""
-    kvstore: Json = {"driver": "file", "path": f"{info.parent_dir}/{info.name}/"}
+    kvstore: Settings = {"driver": "file", "path": f"{info.parent_dir}/{info.name}/"}
     if info.is_ocdbt_checkpoint:
         kvstore = {"driver": "ocdbt", "base": f"file://{info.parent_dir}/", "path": f"{info.name}/"}
     spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -178,7 +178,7 @@ def _features(parts: Parts, cache: Mapping[str, jax.Array]) -> Features:
 
 def _scores(parts: Parts, f: Features, cache: Mapping[str, jax.Array], grads: Gradients) -> Features:
     """Each feature times the gradient in it, which is the sum over the sites that it writes to."""
-    slopes: dict[int | None, Any] = dict.fromkeys(f, 0.0)
+    slopes: dict[int | None, jax.Array | float] = dict.fromkeys(f, 0.0)
     for name, readers in parts.items():
         for reader, part in readers.items():
             x = part.flat(cache[part.site_in])
@@ -191,7 +191,7 @@ def _all_written(
     parts: Sequence[Parts], found: Sequence[Features], cache: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """By site, what all features together write there, in the shape of the site."""
-    total: dict[str, Any] = {}
+    total: dict[str, jax.Array] = {}
     for each, f in zip(parts, found, strict=True):
         for name, readers in each.items():
             for reader, part in readers.items():

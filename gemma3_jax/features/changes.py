@@ -3,10 +3,9 @@
 Axes: b batch, p position, d features of a site, n changed features; `...` tokens.
 """
 
-import dataclasses
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -17,38 +16,49 @@ from gemma3_jax.features.activations import group_of
 from gemma3_jax.features.parts import Feature, Part, reader_of, restricted_to, written
 from gemma3_jax.features.placement import Dictionary
 from gemma3_jax.inputs import as_array
+from gemma3_jax.types import Integers
 
 
-@flax.struct.dataclass
-class Changes:
+class Changes(NamedTuple):
     """Changes of n features of one layer: each becomes its value if it is set, and else its old value times a factor.
 
     Attributes:
         indices: [n] int32.
         values: [n], or [..., n]; 0 where a feature is not set.
         factors: [n]; 0 where it is.
-        part: with these features alone, once `of` has set it.
-        whole: the part, if all its features together decide which are active; or None.
     """
 
     indices: jax.Array
     values: jax.Array
     factors: jax.Array
-    part: Any = None
-    whole: Any = None
 
-    def of(self, part: Part) -> "Changes":
+    def of(self, part: Part) -> "Changed":
         """These changes in a part."""
         together = part.activation.limit is not None or group_of(part.activation) > 1
-        whole = part if together else None
-        return dataclasses.replace(self, part=restricted_to(part, self.indices), whole=whole)
+        return Changed(self, restricted_to(part, self.indices), part if together else None)
+
+
+@flax.struct.dataclass
+class Changed:
+    """A part with changes.
+
+    Attributes:
+        changes: see there.
+        part: with the changed features alone.
+        whole: the part, if all its features together decide which are active; or None.
+    """
+
+    changes: Changes
+    part: Part
+    whole: Part | None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """What they add to the output: [..., d] float32, for the input x."""
         x = self.part.flat(x)
         # [..., n]
-        old = self.part.encode(x) if self.whole is None else self.whole.encode(x)[..., self.indices]
-        return written(self.part, self.values + (self.factors - 1) * old, x)
+        indices, values, factors = self.changes
+        old = self.part.encode(x) if self.whole is None else self.whole.encode(x)[..., indices]
+        return written(self.part, values + (factors - 1) * old, x)
 
 
 def changes_of(
@@ -67,10 +77,10 @@ def changes_of(
             raise ValueError(f"{name} is {reprlib.repr(given)}; it maps features to numbers, as in {{1234: 0.0}}")
     if not isinstance(ablated, Iterable) or not getattr(ablated, "ndim", 1):
         raise ValueError(f"ablate is {reprlib.repr(ablated)}; it takes several features, as in [1234]")
-    named: list[tuple[Feature, Any, Any]] = [(feature, value, 0.0) for feature, value in values.items()]
+    named: list[tuple[Feature, ArrayLike, ArrayLike]] = [(feature, value, 0.0) for feature, value in values.items()]
     named += [(feature, 0.0, factor) for feature, factor in factors.items()]
     named += [(feature, 0.0, 0.0) for feature in ablated]
-    by_layer: dict[int | None, list[Any]] = {}
+    by_layer: dict[int | None, list[tuple[Integers, ArrayLike, ArrayLike]]] = {}
     for feature, value, factor in named:
         layer, index = reader_of(sae, feature)
         by_layer.setdefault(layer, []).append((index % sae.width, value, factor))
@@ -85,7 +95,7 @@ def changes_of(
     return changes
 
 
-def _stacked(numbers: Sequence[Any]) -> jax.Array:
+def _stacked(numbers: Sequence[ArrayLike]) -> jax.Array:
     """[..., n] float32, of values that broadcast."""
     arrays = [jnp.asarray(as_array(number), jnp.float32) for number in numbers]
     return jnp.stack(jnp.broadcast_arrays(*arrays), axis=-1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from gemma3_jax.hooked.hooked import HookedGemma3
 from gemma3_jax.hooked.tokenizer import Input
 from gemma3_jax.hooks.edits import Replace
 from gemma3_jax.inputs import Inputs
+from gemma3_jax.run.selection import Edits
 
 ROWS, WIDTHS = 8, 4  # texts that run at once, and lengths at which they run at most: each compiles
 TOKENS, FEATURES = 256, 2**24  # so many tokens are encoded at once, and so many values of features at most
@@ -70,7 +70,7 @@ class Report:
         return "\n".join(lines if self.better else [*lines, "  no neighbouring site explains more"])
 
 
-def check(self: Any, model: HookedGemma3, texts: Input) -> Report:
+def check(self: Dictionary, model: HookedGemma3, texts: Input) -> Report:
     """Measure how well a dictionary explains its site in a model, and whether it explains another one better.
 
     The neighbours are the other sites of the block, before and after each norm, with and without its gain, and the same
@@ -144,12 +144,12 @@ class _Sums:
     """Sums over tokens, in float64."""
 
     tokens: int = 0
-    values: Any = 0.0  # [m, d]
-    squares: Any = 0.0
+    values: np.ndarray | float = 0.0  # [m, d]
+    squares: np.ndarray | float = 0.0
     missed: float = 0.0
     cosine: float = 0.0
     l0: float = 0.0
-    alive: Any = False  # [..., f]
+    alive: np.ndarray | bool = False  # [..., f]
 
     @property
     def fvu(self) -> float:
@@ -229,7 +229,7 @@ def _pairs_of(rows: Inputs) -> int:
     return tokens - len(rows.tokens)
 
 
-def _spliced(sae: Dictionary, cache: Mapping[str, jax.Array], kept: np.ndarray) -> Any:
+def _spliced(sae: Dictionary, cache: Mapping[str, jax.Array], kept: np.ndarray) -> Edits:
     """Edits that replace the kept tokens' values by outputs; a crosscoder's are those for the values without edits."""
     if not isinstance(sae, Crosscoder):
         return [splice(sae, error=False, positions=kept)]

@@ -6,7 +6,7 @@ Axes: d features of a site, f features of the dictionary, n chosen ones, l and m
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import ClassVar, TypeAlias, TypeVar
 
 import flax.struct
 import jax
@@ -93,7 +93,7 @@ def parts_of(sae: Dictionary) -> dict[str, dict[int | None, Part]]:
     }
 
 
-def reader_of(sae: Dictionary, feature: Any) -> tuple[int | None, np.ndarray | jax.Array]:
+def reader_of(sae: Dictionary, feature: object) -> tuple[int | None, np.ndarray | jax.Array]:
     """The layer that a feature reads, None in a dictionary of one site, and its index [] int32 there.
 
     A feature of several layers may also be a list or an array [2], as the rows of `Found.features` are.
@@ -102,7 +102,7 @@ def reader_of(sae: Dictionary, feature: Any) -> tuple[int | None, np.ndarray | j
         ValueError: it is not a feature of the dictionary.
     """
     layers = [layer_of(name) for name in sae.site_in] if isinstance(sae, LAYERED) else [None]
-    layer: Any = None
+    layer: int | None = None
     if isinstance(sae, LAYERED):
         if isinstance(feature, list | np.ndarray):
             feature = tuple(np.ravel(feature).tolist())
@@ -123,12 +123,12 @@ def reader_of(sae: Dictionary, feature: Any) -> tuple[int | None, np.ndarray | j
 def restricted_to(part: _AnyPart, indices: jax.Array) -> _AnyPart:
     """A part with the features `indices` [n] alone."""
     activation = jax.tree.map(lambda leaf: leaf[indices] if jnp.ndim(leaf) else leaf, part.activation)
-    rows: Any = np.asarray(indices) if isinstance(part.W_dec, np.ndarray) else indices
+    W_dec = part.W_dec
     return dataclasses.replace(
         part,
         W_enc=part.W_enc[:, indices],
         b_enc=part.b_enc[indices],
-        W_dec=jnp.asarray(part.W_dec[rows]),
+        W_dec=jnp.asarray(W_dec[np.asarray(indices)] if isinstance(W_dec, np.ndarray) else W_dec[indices]),
         activation=activation,
     )
 

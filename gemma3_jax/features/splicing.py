@@ -4,27 +4,40 @@ Axes: d features of a site, n changed features, f features of the dictionary, l 
 `...` tokens.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias, TypedDict
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from gemma3_jax.features.changes import Changes, changes_of
+from gemma3_jax.features.changes import Changed, changes_of
 from gemma3_jax.features.layered import Crosscoder
 from gemma3_jax.features.parts import LAYERED, Feature, Part, parts_of, reader_of, restricted_to, written
 from gemma3_jax.features.placement import Dictionary
 from gemma3_jax.features.unchecked import warn_if_unchecked
 from gemma3_jax.hooks.edits import Add
-from gemma3_jax.hooks.interception import Edit, Hook, Reading
+from gemma3_jax.hooks.interception import Edit, Hook, Phase, Reading
 from gemma3_jax.hooks.restrictions import Index
 from gemma3_jax.hooks.restrictions import only as restricted
 from gemma3_jax.inputs import as_array
 from gemma3_jax.sites.table import site
 
 Pair: TypeAlias = tuple[str, Edit]
+
+
+class Restrictions(TypedDict, total=False):
+    """The arguments of `edits.only`, beside positions."""
+
+    layer: Index
+    heads: Index
+    rows: Index
+    features: Index
+    keys: Index
+    phase: Phase
 
 
 def splice(
@@ -35,8 +48,8 @@ def splice(
     scale: Mapping[Feature, ArrayLike] | None = None,
     ablate: Sequence[Feature] = (),
     positions: Index | None = None,
-    only: Mapping[str, Any] | None = None,
-) -> Any:
+    only: Restrictions | None = None,
+) -> Pair | list[Pair]:
     """Edits that put a dictionary into the model, with some of its features changed.
 
     With the error term, which is the value minus its reconstruction and stays as it is, only the changed features
@@ -102,7 +115,7 @@ class Splice:
         reconstructing: dictionaries whose outputs replace the value, as a sum; without any, the value stays.
     """
 
-    changes: tuple[Changes, ...]
+    changes: tuple[Changed, ...]
     reconstructing: tuple[Part, ...]
 
     def reads(self, name: str) -> tuple[str, ...]:
@@ -121,7 +134,7 @@ class Splice:
         return sum(outputs, jnp.zeros_like(value) if self.reconstructing else value)
 
 
-def _placed(edit: Edit, reads: tuple[str, ...], positions: Index | None, only: Mapping[str, Any] | None) -> Edit:
+def _placed(edit: Edit, reads: tuple[str, ...], positions: Index | None, only: Restrictions | None) -> Edit:
     """The edit with the values that it reads, restricted."""
     edit = Reading(edit, reads) if reads else edit
     return edit if positions is None and not only else restricted(edit, positions=positions, **(only or {}))
@@ -134,8 +147,8 @@ def steer(
     relative: bool = True,
     *,
     positions: Index | None = None,
-    only: Mapping[str, Any] | None = None,
-) -> Any:
+    only: Restrictions | None = None,
+) -> Pair | list[Pair]:
     """Edits that add a feature's decoder row to the values of the sites that it writes to.
 
     Args:

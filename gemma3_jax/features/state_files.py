@@ -3,20 +3,21 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gemma3_jax import atomic
 from gemma3_jax.reading import CheckpointError, check_file
+from gemma3_jax.types import Settings
 
 _FORMAT, _KEY = 1, "gemma3_jax.state"
 
 
 def write_state(
-    file: Path, arrays: Mapping[str, np.ndarray], identity: Mapping[str, Any], counts: Mapping[str, int]
+    file: Path, arrays: Mapping[str, np.ndarray | jax.Array], identity: Settings, counts: Mapping[str, int]
 ) -> None:
     """Replace the file; the new one is whole on the disk before the old one goes.
 
@@ -32,9 +33,7 @@ def write_state(
         save_file(contiguous, temporary, {_KEY: json.dumps(described)})
 
 
-def read_state(
-    file: Path, kind: str, identity: Mapping[str, Any]
-) -> tuple[dict[str, np.ndarray], dict[str, int]] | None:
+def read_state(file: Path, kind: str, identity: Settings) -> tuple[dict[str, np.ndarray], dict[str, int]] | None:
     """The arrays and the counts that an earlier run has written; None if there is no file.
 
     Args:

@@ -39,7 +39,7 @@ class _Inert:
         pass
 
 
-class _StateDict(_Inert, collections.OrderedDict[str, Any]):
+class _StateDict(_Inert, collections.OrderedDict[str, object]):
     """An ordered dict; torch keeps the versions of modules in an attribute."""
 
 
@@ -134,7 +134,7 @@ class _Unpickler(pickle.Unpickler):
             **{("torch", name): dtype for name, dtype in _STORAGES.items()},
         }
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         """One of the few functions and types that a state dict needs."""
         found = self.allowed.get((module, name))
         if found is None:

@@ -23,7 +23,7 @@ from gemma3_jax.generation.memory import in_memory
 from gemma3_jax.generation.sampling import Options, check_names, row_keys, sampling
 from gemma3_jax.hooks.needs import check_generation, some_depend_on_length
 from gemma3_jax.inputs import as_array, padding_mask, token_ids
-from gemma3_jax.model.layout import unstack_layers
+from gemma3_jax.model.layout import check_model, unstack_layers
 from gemma3_jax.positions import check_mask
 from gemma3_jax.run.request import Request, new_request
 from gemma3_jax.run.selection import Capture, Edits, captured_names
@@ -181,6 +181,7 @@ def begin(
 ) -> tuple[Task, Decoding, Bounds]:
     """Check the arguments of `generate` and do the prefill."""
     refuse_traced((params, tokens, attention_mask, edits, options))
+    check_model(config, params)
     given = prepare(
         config,
         activation_dtype(params),

@@ -9,9 +9,9 @@ import importlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -20,7 +20,11 @@ from gemma3_jax.config import Gemma3Config
 from gemma3_jax.extras import needs_extra
 from gemma3_jax.harvest.errors import StoreError
 from gemma3_jax.harvest.shuffled import Batch, Shuffled
-from gemma3_jax.sites.names import searchable_names
+from gemma3_jax.sites.names import Name, searchable_names
+from gemma3_jax.types import JsonObject, PyTree, Settings
+
+if TYPE_CHECKING:
+    import pyarrow
 
 _A_FILE, _AT_ONCE = 2**29, 2**24  # bytes
 
@@ -43,7 +47,7 @@ class Site(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
 
-    def rows(self, start: int, stop: int) -> Any: ...
+    def rows(self, start: int, stop: int) -> PyTree: ...
 
 
 def write_npy(site: Site, blocks: Iterator[np.ndarray], file: str | os.PathLike[str], dtype: str) -> None:
@@ -71,14 +75,14 @@ def write_saelens(
         )
     name = hook_name or searchable_names(store.config)[site.name].legacy
     d = site.shape[1]
-    schema, features = _schema(pyarrow, name, context, d, dtype)
+    schema, features = _schema(name, context, d, dtype)
     a_file = max(1, _A_FILE // (context * d * np.dtype(dtype).itemsize))
     starts = range(0, contexts, a_file)
     names = [f"data-{i:05d}-of-{len(starts):05d}.arrow" for i in range(len(starts))]
     with atomic.new_directory(folder) as temporary:
         for file, start in zip(names, starts, strict=True):
             with pyarrow.OSFile(str(temporary / file), "wb") as opened, pyarrow.ipc.new_stream(opened, schema) as out:
-                _write_contexts(pyarrow, out, schema, store, site, range(start, min(start + a_file, contexts)), context)
+                _write_contexts(out, schema, store, site, range(start, min(start + a_file, contexts)), context)
         _write_json(temporary / "dataset_info.json", {"citation": "", "description": "", "features": features})
         state = dict.fromkeys(("_format_columns", "_format_type", "_split"))
         files = [{"filename": file} for file in names]
@@ -86,8 +90,10 @@ def write_saelens(
         _write_json(temporary / "state.json", {"_data_files": files, **state, **more})
 
 
-def _schema(pyarrow: Any, name: str, context: int, d: int, dtype: str) -> tuple[Any, dict[str, Any]]:
+def _schema(name: str, context: int, d: int, dtype: str) -> tuple[pyarrow.Schema, JsonObject]:
     """The Arrow schema of a data set with an array [c, d] and ids [c] in each row; and its features in JSON."""
+    import pyarrow
+
     features = {
         name: {"shape": [context, d], "dtype": dtype, "_type": "Array2D"},
         "token_ids": {"feature": {"dtype": "int32", "_type": "Value"}, "length": context, "_type": "Sequence"},
@@ -102,9 +108,16 @@ def _schema(pyarrow: Any, name: str, context: int, d: int, dtype: str) -> tuple[
 
 
 def _write_contexts(
-    pyarrow: Any, out: Any, schema: Any, store: Store, site: Site, contexts: range, context: int
+    out: pyarrow.RecordBatchStreamWriter,
+    schema: pyarrow.Schema,
+    store: Store,
+    site: Site,
+    contexts: range,
+    context: int,
 ) -> None:
     """Write some contexts, a few at once."""
+    import pyarrow
+
     d, dtype = site.shape[1], schema.field(0).type.value_type.value_type.to_pandas_dtype()
     several = max(1, _AT_ONCE // (context * d * 4))
     for first in contexts[::several]:
@@ -118,7 +131,7 @@ def _write_contexts(
         out.write_batch(pyarrow.record_batch([arrays, ids], schema=schema))
 
 
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+def _write_json(file: Path, content: Settings) -> None:
     file.write_text(json.dumps(content, indent=2))
 
 
@@ -136,7 +149,7 @@ class Buffer:
         config: what dictionary_learning writes beside a dictionary.
     """
 
-    def __init__(self, epoch: Callable[[int], Shuffled], sites: list[Any], config: Mapping[str, Any]):
+    def __init__(self, epoch: Callable[[int], Shuffled], sites: list[Name], config: Settings):
         self._batches, self._sites = _endless(epoch), sites
         self.config = dict(config)
         self._torch = importlib.import_module("torch")

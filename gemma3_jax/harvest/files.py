@@ -15,7 +15,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from gemma3_jax.harvest.errors import StoreError
 from gemma3_jax.harvest.folders import Folder
 from gemma3_jax.harvest.storage import Place
 from gemma3_jax.reading import NUMPY_DTYPES
+from gemma3_jax.types import JsonObject
 
 MANIFEST, PLAN, UNITS, CLAIMS = "manifest.json", "plan.npy", "units", "claims"
 _A_FOLDER = 1000  # units
@@ -60,7 +61,7 @@ def write_unit(place: Place, arrays: Mapping[str, np.ndarray], number: int) -> i
     # Wide ones first, so that each array is aligned.
     ordered = sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     contents = [np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for _, array in ordered]
-    header: dict[str, Any] = {"__metadata__": {"checksum": _BLANK.decode(), "unit": str(number)}}
+    header: JsonObject = {"__metadata__": {"checksum": _BLANK.decode(), "unit": str(number)}}
     at = 0
     for (name, array), content in zip(ordered, contents, strict=True):
         entry = {"dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [at, at + len(content)]}
@@ -78,7 +79,7 @@ def write_unit(place: Place, arrays: Mapping[str, np.ndarray], number: int) -> i
 class Stored(NamedTuple):
     """Where an array is in the file of a unit: `start` is the byte where it begins."""
 
-    dtype: np.dtype[Any]
+    dtype: np.dtype
     shape: tuple[int, ...]
     start: int
 

@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from gemma3_jax.run.selection import ReducedCapture, captures
 from gemma3_jax.run.traced import activation_dtype
 from gemma3_jax.sites.names import layer_of
 from gemma3_jax.sites.table import shape_of, site, token_axis
-from gemma3_jax.types import Params, PyTree
+from gemma3_jax.types import JsonObject, Params, PyTree, Settings
 from gemma3_jax.version import __version__
 
 FORMAT = 2
@@ -76,9 +76,23 @@ def arrays_of(model: Model, sites: ReducedCapture, layout: Layout) -> list[Array
     b, p = layout.rows, layout.length
     integers = [jax.ShapeDtypeStruct((b, p), np.int32)] * (4 if layout.pack else 2)
 
-    def run(params: Params, tokens: Any, mask: Any, positions: Any = None, segment_ids: Any = None) -> Any:
-        options = {"attention_mask": mask, "positions": positions, "segment_ids": segment_ids}
-        cache = forward(model.config, params, tokens, sites, return_type=None, **options)[1]
+    def run(
+        params: Params,
+        tokens: jax.Array,
+        attention_mask: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> dict[str, PyTree]:
+        _, cache = forward(
+            model.config,
+            params,
+            tokens,
+            sites,
+            attention_mask=attention_mask,
+            return_type=None,
+            positions=positions,
+            segment_ids=segment_ids,
+        )
         return {str(name): cache[name] for name in cache}
 
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.params)
@@ -105,7 +119,7 @@ def _array(name: str, key: str, leaf: jax.ShapeDtypeStruct, layout: Layout) -> A
     )
 
 
-def new_manifest(model: Model, corpus: Corpus, sites: ReducedCapture, layout: Layout) -> dict[str, Any]:
+def new_manifest(model: Model, corpus: Corpus, sites: ReducedCapture, layout: Layout) -> JsonObject:
     """The manifest of a run, as JSON has it, without what the plan says."""
     arrays = arrays_of(model, sites, layout)
     reductions = captures(model.config, sites, Extent(layout.rows, None))
@@ -129,15 +143,15 @@ def new_manifest(model: Model, corpus: Corpus, sites: ReducedCapture, layout: La
         "layout": {**settings, "keep": None if layout.keep is None else _name_of(layout.keep)},
         "sites": described,
     }
-    return cast(dict[str, Any], json.loads(json.dumps(manifest)))
+    return cast(JsonObject, json.loads(json.dumps(manifest)))
 
 
-def with_plan(manifest: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+def with_plan(manifest: Settings, plan: Plan) -> JsonObject:
     """The manifest with the numbers of units and of real tokens."""
     return {**manifest, "units": plan.units, "tokens": plan.tokens}
 
 
-def read_manifest(place: Place) -> dict[str, Any]:
+def read_manifest(place: Place) -> JsonObject:
     """The manifest of a store.
 
     Raises:
@@ -155,12 +169,12 @@ def read_manifest(place: Place) -> dict[str, Any]:
     return manifest
 
 
-def write_manifest(place: Place, manifest: Mapping[str, Any]) -> None:
+def write_manifest(place: Place, manifest: Settings) -> None:
     """Write the manifest, whole or not at all."""
     place.write(MANIFEST, [(json.dumps(manifest, indent=1) + "\n").encode()])
 
 
-def check_same(place: Place, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def check_same(place: Place, old: Settings, new: Settings) -> None:
     """Raise StoreError, which names the first differences, if a run does not continue a store."""
     before, now = (dict(_flat(manifest)) for manifest in (old, new))
     names = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
@@ -179,7 +193,7 @@ def bytes_of_token(arrays: list[Array]) -> int:
     return beside + sum(array.bytes for array in arrays if array.axis is not None)
 
 
-def arrays_in(manifest: Mapping[str, Any]) -> list[Array]:
+def arrays_in(manifest: Settings) -> list[Array]:
     """The arrays of a manifest."""
     return [
         Array(key, name, entry["axis"], tuple(entry["shape"]), entry["dtype"])
@@ -188,11 +202,11 @@ def arrays_in(manifest: Mapping[str, Any]) -> list[Array]:
     ]
 
 
-def _as_json(array: Array) -> dict[str, Any]:
+def _as_json(array: Array) -> JsonObject:
     return {"axis": array.axis, "shape": list(array.shape), "dtype": array.dtype}
 
 
-def _flat(value: Any, path: str = "") -> list[tuple[str, Any]]:
+def _flat(value: object, path: str = "") -> list[tuple[str, object]]:
     """The leaves of nested JSON by path, of which `units` and `tokens` follow from the others."""
     if not isinstance(value, Mapping) or not value:
         return [(path, value)]
@@ -205,7 +219,7 @@ def _flat(value: Any, path: str = "") -> list[tuple[str, Any]]:
     )
 
 
-def _shown(values: Mapping[str, Any], name: str) -> str:
+def _shown(values: Settings, name: str) -> str:
     return json.dumps(values[name]) if name in values else "not there"
 
 

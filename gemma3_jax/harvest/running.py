@@ -13,7 +13,6 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import jax
 import numpy as np
@@ -44,6 +43,7 @@ from gemma3_jax.harvest.units import Keep, Layout, Plan, Unit, make_plan, make_u
 from gemma3_jax.hooked.hooked import HookedGemma3
 from gemma3_jax.inputs import Inputs
 from gemma3_jax.run.selection import ReducedCapture
+from gemma3_jax.types import PyTree
 
 _WAITING = 2  # units that wait for the writer
 _PADDING = 0.02  # as much is usual
@@ -259,7 +259,7 @@ def _write(job: _Job, number: int, claim: Claim | None, unit: Unit, cache: Activ
     return size
 
 
-def _entry(tree: Any, name: str) -> Any:
+def _entry(tree: PyTree, name: str) -> PyTree:
     """The part of a pytree of that name."""
     if isinstance(tree, dict):
         return tree[name] if name in tree else tree[int(name)]
@@ -287,7 +287,7 @@ def _estimate(job: _Job, tokens: int) -> str:
     return f"{words}, {size_text(room)} free"
 
 
-def _bar(progress: bool | None, **options: Any) -> Any:
+def _bar(progress: bool | None, **options: object) -> tqdm:
     return tqdm(disable=None if progress is None else not progress, dynamic_ncols=True, **options)
 
 

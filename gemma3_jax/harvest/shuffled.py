@@ -20,11 +20,23 @@ import numpy as np
 
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.harvest.errors import StoreError
-from gemma3_jax.sites.names import get_act_name, resolve
+from gemma3_jax.harvest.manifest import Array
+from gemma3_jax.sites.names import Name, get_act_name, resolve
 from gemma3_jax.types import PyTree
 
 _RUN = 64  # rows that are read together
 _BESIDE = ("tokens", "documents", "offsets", "positions")
+
+
+class Site(Protocol):
+    """What a `Shuffled` reads of a site."""
+
+    name: str
+    arrays: list[Array]
+
+    def normalized(self, *, center: bool, scale: str | None) -> Site: ...
+
+    def take(self, rows: np.ndarray) -> PyTree: ...
 
 
 class Store(Protocol):
@@ -37,7 +49,7 @@ class Store(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, name: Any) -> Any: ...
+    def __getitem__(self, name: Name) -> Site: ...
 
     def take(self, key: str, rows: np.ndarray) -> np.ndarray: ...
 
@@ -53,12 +65,12 @@ class Batch(Mapping[str, PyTree]):
         positions: [m] int32, the position that the model saw.
     """
 
-    def __init__(self, config: Gemma3Config, values: Mapping[str, PyTree], beside: Mapping[str, Any]):
+    def __init__(self, config: Gemma3Config, values: Mapping[str, PyTree], beside: Mapping[str, PyTree]):
         self._config, self._values = config, values
         self.rows, self.tokens, self.documents = beside["store_rows"], beside["tokens"], beside["documents"]
         self.offsets, self.positions = beside["offsets"], beside["positions"]
 
-    def __getitem__(self, name: Any) -> PyTree:
+    def __getitem__(self, name: Name) -> PyTree:
         full = name if isinstance(name, str) else get_act_name(*name, config=self._config)
         return self._values[resolve(full, self._config).name]
 
@@ -97,7 +109,7 @@ class Shuffled:
         batch: int,
         seed: int = 0,
         *,
-        sites: list[Any] | None = None,
+        sites: list[Name] | None = None,
         part: tuple[int, int] = (0, 1),
         epoch: int = 0,
         buffer: int = 2**16,

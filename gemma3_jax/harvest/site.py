@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.descriptions import Described, Description
@@ -19,6 +20,7 @@ from gemma3_jax.harvest.exports import write_npy, write_saelens
 from gemma3_jax.harvest.manifest import Array
 from gemma3_jax.harvest.statistics import Scaling, Statistics, assembled, scaling_of
 from gemma3_jax.harvest.storage import Place
+from gemma3_jax.sites.names import Name
 from gemma3_jax.types import PyTree
 
 
@@ -29,7 +31,7 @@ class Store(Protocol):
     config: Gemma3Config
 
     @property
-    def statistics(self) -> Mapping[Any, Statistics]: ...
+    def statistics(self) -> Mapping[Name, Statistics]: ...
 
     def bounds(self, key: str) -> np.ndarray: ...
 
@@ -97,7 +99,7 @@ class Site(Described):
         """
         return self._assembled({array.key: self.store.take(array.key, rows) for array in self.arrays})
 
-    def __getitem__(self, rows: Any) -> PyTree:
+    def __getitem__(self, rows: int | slice | Sequence[int] | np.ndarray) -> PyTree:
         """The values of rows, as NumPy chooses them: `site[7]`, `site[:100]`, `site[[3, -1]]`, `site[mask]`."""
         if isinstance(rows, slice):
             start, stop, step = rows.indices(len(self))
@@ -119,7 +121,7 @@ class Site(Described):
         bounds = self.store.bounds(self.arrays[0].key)
         return (self.rows(int(start), int(stop)) for start, stop in itertools.pairwise(bounds))
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.rows(0, len(self)), dtype)
 
     def save(self, file: str | os.PathLike[str], dtype: str = "float32") -> None:

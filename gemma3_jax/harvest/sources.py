@@ -14,15 +14,16 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 
 from gemma3_jax.extras import needs_extra
 from gemma3_jax.harvest.errors import StoreError
 from gemma3_jax.inputs import as_array
+from gemma3_jax.types import Settings
 
-Item = str | bytes | Sequence[int] | np.ndarray | Mapping[str, Any]
+Item = str | bytes | Sequence[int] | np.ndarray | Settings
 FIELDS = "text", "input_ids", "messages"  # of a document that is a mapping; it is read from the first that it has
 _EVERY = 1024  # lines between two known offsets: 8 bytes for each of these
 _IDS = 2**16  # ids of a document in an array without document boundaries
@@ -144,8 +145,8 @@ class Parquet:
         value = self._group(group)[number - int(self._ends[group])]
         return {"messages": value} if self._column == "messages" else value
 
-    def _read(self, group: int) -> list[Any]:
-        values: list[Any] = self._file.read_row_group(group, [self._column]).column(0).to_pylist()
+    def _read(self, group: int) -> list[Item]:
+        values: list[Item] = self._file.read_row_group(group, [self._column]).column(0).to_pylist()
         return values
 
 
@@ -251,7 +252,7 @@ def as_corpus(corpus: object, bos: int | None) -> Corpus:
     return corpus
 
 
-def digest_of(corpus: Corpus | Iterator[list[Any]]) -> str:
+def digest_of(corpus: Corpus | Iterator[list[Item]]) -> str:
     """The digest of a corpus: that of its content."""
     known = getattr(corpus, "digest", None)
     if isinstance(known, str):
@@ -265,14 +266,14 @@ def digest_of(corpus: Corpus | Iterator[list[Any]]) -> str:
     return digest.hexdigest()
 
 
-def _plain(item: Any) -> Any:
+def _plain(item: object) -> object:
     """What a document is read from, without arrays: their `repr` leaves out the middle of long ones."""
     if isinstance(item, Mapping):
         return {name: _as_list(item[name]) for name in FIELDS if item.get(name) is not None}
     return _as_list(item)
 
 
-def _as_list(value: Any) -> Any:
+def _as_list(value: object) -> object:
     return np.asarray(as_array(value)).tolist() if hasattr(value, "__array__") else value
 
 
@@ -308,6 +309,6 @@ def _check_exists(file: Path) -> None:
         raise StoreError(f"the corpus {file} is not a file")
 
 
-def _opened(file: Path) -> Any:
+def _opened(file: Path) -> BinaryIO:
     _check_exists(file)
     return file.open("rb")

@@ -11,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -121,8 +122,8 @@ def statistics_of(units: Iterable[tuple[int, Moments]]) -> Statistics:
 class Scaling(NamedTuple):
     """What is subtracted from the values of a site, and what they are multiplied by, float32 [...]."""
 
-    shift: Any
-    factor: Any
+    shift: np.ndarray | jax.Array
+    factor: np.ndarray | jax.Array
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
         """The values [n, ...], float32."""

@@ -25,10 +25,9 @@ from gemma3_jax.harvest.shuffled import Shuffled
 from gemma3_jax.harvest.site import Site
 from gemma3_jax.harvest.statistics import Moments, Statistics, keys_of, statistics_of
 from gemma3_jax.harvest.units import KEPT
-from gemma3_jax.sites.names import get_act_name, resolve, spellings
+from gemma3_jax.sites.names import Name, get_act_name, resolve, spellings
 from gemma3_jax.types import Tokenizer
 
-Name = str | tuple[str, int] | tuple[str, int, str]
 _log = logging.getLogger(__name__)
 _OPEN = 2**12  # units whose headers are kept
 

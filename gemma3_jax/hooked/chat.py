@@ -1,27 +1,34 @@
 """The chat template of a tokenizer: a program that comes with the checkpoint, run with a limit on its time."""
 
+from __future__ import annotations
+
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from gemma3_jax.messages import printable
+from gemma3_jax.types import Settings, Tokenizer
+
+if TYPE_CHECKING:
+    from _typeshed import TraceFunction
 
 _SECONDS = 5.0  # published templates take a few milliseconds
 
 
-def render_chat(tokenizer: Any, messages: list[Any], *, to_continue: bool = True) -> str:
+def render_chat(tokenizer: Tokenizer | None, messages: Sequence[Settings], *, to_continue: bool = True) -> str:
     """The text of a conversation; with `to_continue`, up to the beginning of the model's turn.
 
     Raises:
         ValueError: the tokenizer has no chat template, or the template refuses the conversation, fails or does not end.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    template = getattr(tokenizer, "chat_template", None)
+    if tokenizer is None or not template:
         raise ValueError("this checkpoint's tokenizer has no chat template; write the turns as text")
     try:
-        _refuse_powers(tokenizer.chat_template)
+        _refuse_powers(template)
         with _time_limit(_SECONDS):
             return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_continue)
     except Exception as error:
@@ -29,7 +36,7 @@ def render_chat(tokenizer: Any, messages: list[Any], *, to_continue: bool = True
         raise ValueError(f"the chat template cannot write this conversation: {why}") from error
 
 
-def _refuse_powers(template: Any) -> None:
+def _refuse_powers(template: str | Mapping[str, str]) -> None:
     """Raise an error for `**`: `9 ** 9 ** 9` is one step of Python, which no limit of time can end."""
     import jinja2  # as transformers does, when there is a template
 
@@ -46,7 +53,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
     """
     end = time.monotonic() + seconds
 
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+    def trace(frame: FrameType, event: str, argument: object) -> TraceFunction:
         if time.monotonic() > end:
             raise TimeoutError(f"it has not ended after {seconds:g} seconds")
         return trace

@@ -4,7 +4,6 @@ Axes: b batch, p position, n size of an embedding.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from gemma3_jax.run.compiled import run_compiled
 from gemma3_jax.run.forward import run
 from gemma3_jax.run.request import Request, embedding_head_of
 from gemma3_jax.sites.table import axis_size
+from gemma3_jax.types import Params
 
 # Most tokens of a batch, with padding; a longer text is a batch. A CPU is busy with few tokens, and small batches have
 # less padding.
@@ -111,5 +111,5 @@ def _batch(model: Model, rows: Sequence[Sequence[int]], b: int, p: int) -> jax.A
     return run_compiled(_embedding, model.params, request)[: len(rows)]
 
 
-def _embedding(params: Any, request: Request) -> jax.Array:
+def _embedding(params: Params, request: Request) -> jax.Array:
     return run(params, request)[0]

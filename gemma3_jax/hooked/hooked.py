@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from gemma3_jax.config import Gemma3Config
+from gemma3_jax.config import Gemma3Config, check_config
 from gemma3_jax.conversion.in_memory import convert_model
 from gemma3_jax.conversion.tokenizers import TokenizerSource
 from gemma3_jax.descriptions import Described
@@ -26,7 +26,6 @@ from gemma3_jax.hooked.description import describe
 from gemma3_jax.hooked.loading import load
 from gemma3_jax.hooked.requests import RunOptions
 from gemma3_jax.hooked.tokenizer import Input
-from gemma3_jax.inputs import check_config
 from gemma3_jax.meshes import mesh_of
 from gemma3_jax.model.layout import is_stacked, stack_and_empty, stack_layers
 from gemma3_jax.placing.parameters import param_shardings, place

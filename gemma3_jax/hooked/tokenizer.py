@@ -6,8 +6,8 @@ Axes: b batch, p position.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeGuard, cast
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from typing import Literal, TypeGuard, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,10 @@ from gemma3_jax.inputs import Inputs, as_array, check_ids, known_ids, padding_ma
 from gemma3_jax.positions import check_mask, packed_documents
 from gemma3_jax.run.request import embedding_head_of
 from gemma3_jax.run.selection import LOSSES, ReturnType
-from gemma3_jax.types import Integers, IntegersLike, Tokenizer
+from gemma3_jax.types import Integers, IntegersLike, Settings, Tokenizer
 
 # A Hugging Face tokenizer returns a mapping.
-Input = (
-    str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array | Mapping[str, Any] | Inputs
-)
+Input = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array | Settings | Inputs
 
 
 def encode(
@@ -274,9 +272,9 @@ def _decodable(model: Model, tokens: IntegersLike) -> np.ndarray:
     ids = known_ids(tokens)
     if ids.size and not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"token ids are {ids.dtype}; they must be integers")
-    tokenizer: Any = tokenizer_of(model)
+    tokenizer = tokenizer_of(model)
     # A tokenizer may have more tokens than the embedding. It decodes those beyond its own to nothing.
-    own = len(tokenizer) if hasattr(tokenizer, "__len__") else 0
+    own = len(tokenizer) if isinstance(tokenizer, Sized) else 0
     check_ids(ids, max(model.config.vocab_size, own))
     return ids
 
@@ -295,7 +293,7 @@ def is_text(input: object) -> TypeGuard[str | Sequence[str]]:
     return isinstance(input, str) or (isinstance(input, Sequence) and bool(input) and isinstance(input[0], str))
 
 
-def _parts(input: Mapping[str, Any]) -> tuple[Input, Mapping[str, Any]]:
+def _parts(input: Settings) -> tuple[Input, Settings]:
     """The ids or texts of a mapping, and the mapping, after a check that the model reads all of its entries."""
     if "input_ids" not in input:
         raise ValueError(f"the input has {', '.join(map(str, input))}; it must have input_ids")

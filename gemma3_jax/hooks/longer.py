@@ -10,7 +10,6 @@ Axes: b batch, c column.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import flax.struct
 import jax
@@ -167,7 +166,7 @@ def _rebuilt(jaxpr: jex.Jaxpr, axes: Axes, columns: int) -> jex.ClosedJaxpr:
     def shape(x: Atom) -> tuple[int, ...]:
         return tuple(size + columns * grows for size, grows in zip(aval_of(x).shape, axes.growing(x), strict=True))
 
-    def again(equation: jex.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+    def again(equation: jex.JaxprEqn, operands: Sequence[ArrayLike]) -> list[jax.Array]:
         name, longest = equation.primitive.name, shape(equation.outvars[0])
         if name not in RULES:
             return _called_again(only_equation(jaxpr, equation), equation, operands)
@@ -179,10 +178,10 @@ def _rebuilt(jaxpr: jex.Jaxpr, axes: Axes, columns: int) -> jex.ClosedJaxpr:
             return [_sliced(equation, operands[0], axes, columns, longest)]
         return _bound(equation, operands)
 
-    def run(*inputs: jax.Array) -> list[Any]:
-        values: dict[jex.Var, Any] = dict(zip(jaxpr.invars, inputs, strict=True))
+    def run(*inputs: jax.Array) -> list[jax.Array]:
+        values: dict[jex.Var, jax.Array] = dict(zip(jaxpr.invars, inputs, strict=True))
 
-        def value(x: Atom) -> Any:
+        def value(x: Atom) -> ArrayLike:
             return x.val if isinstance(x, jex.Literal) else values[x]
 
         for equation in jaxpr.eqns:
@@ -202,12 +201,12 @@ _SHAPES = {
 }
 
 
-def _bound(equation: jex.JaxprEqn, operands: Sequence[Any], **parameters: Any) -> list[Any]:
+def _bound(equation: jex.JaxprEqn, operands: Sequence[ArrayLike], **parameters: object) -> list[jax.Array]:
     result = equation.primitive.bind(*operands, **{**equation.params, **parameters})
     return list(result) if equation.primitive.multiple_results else [result]
 
 
-def _called_again(alone: jex.ClosedJaxpr, equation: jex.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+def _called_again(alone: jex.ClosedJaxpr, equation: jex.JaxprEqn, operands: Sequence[ArrayLike]) -> list[jax.Array]:
     """The results of an equation that does not change, from the jaxpr of it alone."""
     given = {x: value for x, value in zip(equation.invars, operands, strict=True) if isinstance(x, jex.Var)}
     return list(jex.jaxpr_as_fun(alone)(*(given[x] for x in alone.jaxpr.invars)))
@@ -223,16 +222,16 @@ def _window(equation: jex.JaxprEqn, longest: tuple[int, ...]) -> tuple[int, ...]
     return tuple(sizes)
 
 
-def _sliced(equation: jex.JaxprEqn, x: jax.Array, axes: Axes, columns: int, longest: tuple[int, ...]) -> jax.Array:
+def _sliced(equation: jex.JaxprEqn, x: ArrayLike, axes: Axes, columns: int, longest: tuple[int, ...]) -> jax.Array:
     """A part. In an axis that grows, a fixed part begins at an integer that may be an input: one program for all."""
     params, wholes, parts = equation.params, axes.growing(equation.invars[0]), axes.growing(equation.outvars[0])
-    strides = params["strides"] or (1,) * x.ndim
-    starts, limits, first = list(params["start_indices"]), list(params["limit_indices"]), [np.int32(0)] * x.ndim
+    strides = params["strides"] or (1,) * jnp.ndim(x)
+    starts, limits, first = list(params["start_indices"]), list(params["limit_indices"]), [np.int32(0)] * jnp.ndim(x)
     for axis, (whole, part) in enumerate(zip(wholes, parts, strict=True)):
         if part:
             limits[axis] += columns
         elif whole and strides[axis] == 1:
             first[axis] = np.int32(starts[axis])
-            starts[axis], limits[axis] = 0, x.shape[axis]
+            starts[axis], limits[axis] = 0, jnp.shape(x)[axis]
     value = jax.lax.slice(x, starts, limits, strides)
     return value if value.shape == longest else jax.lax.dynamic_slice_p.bind(value, *first, slice_sizes=longest)

@@ -7,14 +7,14 @@ whatever l is. Sliding and full layers have weights of the same shapes, and diff
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey
 
-from gemma3_jax.config import Gemma3Config
+from gemma3_jax.config import Gemma3Config, check_config
 from gemma3_jax.sites.names import block_key
 from gemma3_jax.types import Params, PyTree
 
@@ -38,6 +38,7 @@ def stack_layers(config: Gemma3Config, params: Params) -> Params:
     Memory: a second copy of the blocks, until you delete `params`.
 
     Raises:
+        TypeError: `config` is not a config, or `params` is not a mapping.
         ValueError: the parameters do not match the config, or blocks differ in shape or dtype.
 
     >>> from conversion import convert_checkpoint
@@ -47,10 +48,11 @@ def stack_layers(config: Gemma3Config, params: Params) -> Params:
     >>> sorted(stacked), stacked["blocks"]["mlp"]["in"]["weight"].shape
     (['blocks', 'embed', 'ln_final'], (4, 96, 192))
     """
+    check_model(config, params)
     return stack_and_empty(config, dict(params))
 
 
-def stack_and_empty(config: Gemma3Config, params: dict[str, Any]) -> Params:
+def stack_and_empty(config: Gemma3Config, params: dict[str, PyTree]) -> Params:
     """As `stack_layers`, but takes the blocks out of `params`.
 
     Memory: a second copy of one weight of all layers, if nothing else holds the blocks.
@@ -90,6 +92,7 @@ def unstack_layers(config: Gemma3Config, params: Params) -> Params:
     >>> bool((again["blocks_3"]["mlp"]["in"]["weight"] == params["blocks_3"]["mlp"]["in"]["weight"]).all())
     True
     """
+    check_model(config, params)
     if not is_stacked(params):
         return dict(params)
     check_layout(config, params)
@@ -111,6 +114,16 @@ def layer_params(config: Gemma3Config, params: Params, layer: int, *path: str) -
     for key in path:
         node = node[key]
     return jax.tree.map(lambda w: w[layer], node) if stacked else node
+
+
+def check_model(config: object, params: object) -> None:
+    """Raise TypeError or ValueError unless these are a config and the parameters of a model, in this order."""
+    check_config(config)
+    remedy = "pass the pytree that `convert_checkpoint` returns, or a model's `model.params`"
+    if not isinstance(params, Mapping):
+        raise TypeError(f"params is a {type(params).__name__}; {remedy}")
+    if "params" in params:
+        raise ValueError("params has an entry 'params': these are the variables of Flax; pass variables['params']")
 
 
 def check_layout(config: Gemma3Config, params: Params) -> None:

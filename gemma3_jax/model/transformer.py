@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Integer, Shaped
 
 from gemma3_jax.compute.masks import Mask, MaskChoice
-from gemma3_jax.config import Gemma3Config
+from gemma3_jax.config import Gemma3Config, check_config
 from gemma3_jax.hooks.interception import HookPoint
 from gemma3_jax.inputs import one_input
 from gemma3_jax.model.attention import Attention
@@ -129,11 +129,13 @@ class Gemma3(Watched):
             entering that layer; with `to_embedding`, the embedding [b, n] float32.
 
         Raises:
+            TypeError: `config` is not a `Gemma3Config`.
             ValueError: both or neither of `tokens` and `inputs_embeds` are given; a parameter does not have the shape
                 that the config requires; `segment_ids` come with `past`; or the model has only its first layers, and
                 logits are asked for.
         """
         c = self.config
+        check_config(c)
         embed = Embed((c.vocab_size, c.hidden_size), name="embed")
         source = cast(jax.Array, one_input(tokens, inputs_embeds))
         # [b, p] or [b, p, d] -> [b, p, d]

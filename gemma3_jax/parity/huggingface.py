@@ -10,7 +10,7 @@ Axes: b batch, p position, n heads, e head_dim, d hidden_size, V vocabulary.
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Self, TypeAlias
 from unittest import mock
 
@@ -25,16 +25,15 @@ from transformers.models.gemma3 import modeling_gemma3
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.conversion.gemma3 import Entry, find_prefixes
 from gemma3_jax.conversion.transforms import AddOne
-from gemma3_jax.parity.precision import computing_in, text_and_head
+from gemma3_jax.parity.precision import Args, Kwargs, computing_in, text_and_head
 from gemma3_jax.sites.names import layer_of, site_names
 from gemma3_jax.sites.table import site
+from gemma3_jax.types import Method
 
 Visit = Callable[[str, str | None, int, torch.Tensor], torch.Tensor | None]
 Values = dict[str, torch.Tensor]
 See = Callable[[torch.Tensor], torch.Tensor | None]
-# The arguments and the result of a module.
-Args: TypeAlias = tuple[Any, ...]
-Kwargs: TypeAlias = dict[str, Any]
+# The result of a module.
 Output: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
 
 
@@ -267,7 +266,7 @@ def next_token_loss(logits: torch.Tensor, tokens: np.ndarray, attention_mask: np
 
 
 def hook_boundaries(
-    text: Any, head: torch.nn.Module | None, visit: Visit, names: Sequence[str] | None = None
+    text: transformers.Gemma3TextModel, head: torch.nn.Module | None, visit: Visit, names: Sequence[str] | None = None
 ) -> list[RemovableHandle]:
     """Hook every module boundary that the table of sites names, and return the handles that undo it.
 
@@ -335,17 +334,17 @@ class _AttentionValues(TorchFunctionMode):
         self._stack.callback(self._attention.register_forward_hook(keep_pattern).remove)
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stack.close()
         super().__exit__(*error)
 
     def __torch_function__(
         self,
-        func: Callable[..., Any],
+        func: Method,
         types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+        args: Args = (),
+        kwargs: Kwargs | None = None,
+    ) -> object:
         if func is torch.nn.functional.softmax:
             self._values[f"{self._name}.hook_attn_scores"] = args[0]
         return func(*args, **(kwargs or {}))

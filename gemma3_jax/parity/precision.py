@@ -9,19 +9,25 @@ instructions for bfloat16 it takes 5 to 10 times as long.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 import transformers
 from torch.overrides import TorchFunctionMode
+
+from gemma3_jax.types import Method
+
+# The arguments of a module or of a function of torch.
+Args: TypeAlias = tuple[Any, ...]
+Kwargs: TypeAlias = dict[str, Any]
 
 _linear = torch.nn.functional.linear
 # A weight is cast by pieces of so many elements: at most 64 MB, which malloc gives back at once.
 _PIECE = 2**23
 
 
-def text_and_head(model: transformers.PreTrainedModel) -> tuple[Any, torch.nn.Module]:
+def text_and_head(model: transformers.PreTrainedModel) -> tuple[transformers.Gemma3TextModel, torch.nn.Module]:
     """The module that has the layers, and the unembedding, of a text or a multimodal model."""
     multimodal = model.config.model_type == "gemma3"
     return model.get_submodule("model.language_model" if multimodal else "model"), model.get_submodule("lm_head")
@@ -62,21 +68,21 @@ def _replaced(module: torch.nn.Module, name: str, value: object) -> Iterator[Non
 class _Calls(TorchFunctionMode):
     """Hands each call of a torch function to `call(func, args, kwargs)`."""
 
-    def __init__(self, call: Callable[..., Any]):
+    def __init__(self, call: Callable[[Method, Args, Kwargs], object]):
         super().__init__()
         self._call = call
 
     def __torch_function__(
         self,
-        func: Callable[..., Any],
+        func: Method,
         types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+        args: Args = (),
+        kwargs: Kwargs | None = None,
+    ) -> object:
         return self._call(func, args, kwargs or {})
 
 
-def _in_float64(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def _in_float64(func: Method, args: Args, kwargs: Kwargs) -> object:
     """Gives float64 where float32 is asked for, and float64 results of float32 weights."""
     kwargs = {name: _float64_for_float32(value) for name, value in kwargs.items()}
     if func is torch.Tensor.float:
@@ -92,7 +98,7 @@ def _float64_for_float32(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
 
 
-def _with_float32_sums(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def _with_float32_sums(func: Method, args: Args, kwargs: Kwargs) -> object:
     """Sums the products of bfloat16 matrices in float32, and rounds once."""
     if func is _linear:
         return _product(torch.float32, *args, **kwargs)

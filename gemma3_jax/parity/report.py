@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from gemma3_jax.sites.names import layer_of
 from gemma3_jax.sites.table import site
+from gemma3_jax.types import JsonObject
 
 # Scores below this are masked: Hugging Face adds the lowest number of its dtype, the port writes that of float32.
 _MASKED = -1e30
@@ -90,7 +90,7 @@ class Report:
         """Whether every row passed."""
         return all(row.passed for row in self.rows)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Plain data for JSON."""
         rows = [{**dataclasses.asdict(row), "passed": row.passed} for row in self.rows]
         return {**dataclasses.asdict(self), "passed": self.passed, "rows": rows}

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from gemma3_jax.pictures.drawing import BLACK, NAME_SIZE, PALE, TICK_SIZE, Area, Box, Drawing, Text, Tips
 from gemma3_jax.pictures.parts import LINE, PAD, check_size, heading, longest
@@ -15,12 +15,23 @@ _RATIO, _BAR = 60, 50  # widths of the columns on the right
 _KEY = "blue: the port; frame: Hugging Face; red: the port, where ratio is above bar"
 
 
+class Row(TypedDict):
+    """A row of a report: the distances of both sides from the truth, at a kind of site."""
+
+    kind: str
+    hf: float
+    port: float
+    ratio: float
+    bar: float
+    passed: bool
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ParityPicture(Picture):
     """For each row of a report the distances of both sides, on a logarithmic axis, with the ratio and its bar."""
 
     title: str
-    rows: list[Mapping[str, Any]]
+    rows: list[Row]
 
     def drawing(self) -> Drawing:
         """The shapes and texts of the picture."""
@@ -84,7 +95,7 @@ class _Axis:
         return [(power, self.x(10.0**power)) for power in range(self.low, self.high + 1, every)]
 
 
-def _draw_row(drawing: Drawing, row: Mapping[str, Any], axis: _Axis, top: float, left: float) -> None:
+def _draw_row(drawing: Drawing, row: Row, axis: _Axis, top: float, left: float) -> None:
     y = top + _ROW / 2
     colour = _PORT if row["passed"] else _FAILED
     port, hf = axis.x(row["port"]), axis.x(row["hf"])

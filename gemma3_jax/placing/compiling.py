@@ -10,7 +10,6 @@ import json
 import pickle
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from jax.experimental import topologies
 from jax.sharding import Mesh
@@ -18,6 +17,7 @@ from jax.sharding import Mesh
 from gemma3_jax.meshes import DATA, make_mesh
 from gemma3_jax.placing.machines import Machine
 from gemma3_jax.placing.programs import Program, Work, abstract_params, added_bytes, bytes_per_device, compiled_programs
+from gemma3_jax.types import JsonObject
 
 _MOST_TRIES = 6  # compilations in the search for the largest batch
 _CLOSE = 16  # the search ends when the largest batch is known to one part in this many
@@ -36,7 +36,7 @@ class Job:
     search: bool
 
 
-def answer(job: Job) -> dict[str, Any]:
+def answer(job: Job) -> JsonObject:
     """The figures of a job: weights, programs and the largest batch."""
     machine, work = job.machine, job.work
     mesh = _mesh(machine, job.model)
@@ -112,7 +112,7 @@ def largest_batch(
 
 def _mesh(machine: Machine, model: int) -> Mesh:
     """The mesh of a machine that is not there."""
-    described: dict[str, Any] = {"topology": machine.topology} if machine.platform == "cuda" else {}
+    described: dict[str, str] = {"topology": machine.topology} if machine.platform == "cuda" else {}
     name = machine.name if machine.platform == "cuda" else machine.topology
     topology = topologies.get_topology_desc(name, machine.platform, **machine.options, **described)
     return make_mesh(model, topology.devices)

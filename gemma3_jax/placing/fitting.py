@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ from gemma3_jax.placing.machines import Machine, machine
 from gemma3_jax.placing.programs import Program, Work, Wrt
 from gemma3_jax.positions import Extent
 from gemma3_jax.run.selection import Edits, ReducedCapture, ReturnType, captured_names, captures, placed_edits
-from gemma3_jax.types import PyTree
+from gemma3_jax.types import JsonObject, PyTree
 
 # What each platform's compiler needs: a module, the extra that installs it, and variables of the environment.
 _TPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -204,7 +204,7 @@ def as_shapes(tree: PyTree) -> PyTree:
     """
     by_id: dict[int, jax.ShapeDtypeStruct] = {}
 
-    def shape(leaf: Any) -> Any:
+    def shape(leaf: object) -> object:
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         leaf = as_array(leaf)
@@ -226,7 +226,7 @@ def _config_of(source: str | os.PathLike[str] | Gemma3Config, revision: str | No
     return read_config(locate_sources(source, revision, download=False))
 
 
-def _answer(target: Machine, job: Job) -> dict[str, Any]:
+def _answer(target: Machine, job: Job) -> JsonObject:
     """The answer of a process that compiles."""
     try:
         question = pickle.dumps(job)
@@ -242,7 +242,7 @@ def _answer(target: Machine, job: Job) -> dict[str, Any]:
     if done.returncode or not done.stdout:
         end = done.stderr.decode(errors="replace").strip()[-2000:]
         raise RuntimeError(f"compiling for {target.name} failed (exit code {done.returncode}): {end}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    result: JsonObject = json.loads(done.stdout.splitlines()[-1])
     if "error" in result:
         raise ValueError(result["error"])
     return result

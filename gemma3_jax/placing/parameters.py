@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from gemma3_jax.config import Gemma3Config
+from gemma3_jax.config import Gemma3Config, check_config
 from gemma3_jax.meshes import MODEL, as_auto, spec, undivided
 from gemma3_jax.model.layout import BLOCKS
 from gemma3_jax.model.transformer import Gemma3
@@ -50,6 +50,7 @@ def param_shardings(config: Gemma3Config, mesh: Mesh, stacked: bool = False) -> 
     (None, 'model')
     >>> params = jax.device_put(params, shardings)
     """
+    check_config(config)
     mesh, axes = as_auto(mesh), param_axes(config, stacked)
     shapes = jax.tree.map(lambda letters: _shape(letters, config), axes)
     _tell_of_whole_axes(config, axes, mesh)

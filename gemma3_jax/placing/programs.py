@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -147,7 +147,7 @@ def _placed(tree: PyTree, mesh: Mesh) -> PyTree:
     """A pytree whose abstract arrays are on the mesh: those of a dictionary of features are cut over it."""
     by_id: dict[int, jax.ShapeDtypeStruct] = {}
 
-    def placed(leaf: Any, sharding: NamedSharding) -> Any:
+    def placed(leaf: object, sharding: NamedSharding) -> object:
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf
         return by_id.setdefault(id(leaf), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding))

@@ -13,7 +13,7 @@ from gemma3_jax.cache.activations import ActivationCache
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.hooks.interception import CAPTURES, Phase, Tokens, captured, interceptor
 from gemma3_jax.meshes import by_rows, check_auto, constrained, cut_residual
-from gemma3_jax.model.layout import check_layout, is_stacked
+from gemma3_jax.model.layout import check_layout, check_model, is_stacked
 from gemma3_jax.model.past import Past, positions_after
 from gemma3_jax.model.transformer import Gemma3
 from gemma3_jax.positions import columns_at, default_positions, packed_documents
@@ -242,6 +242,7 @@ def _run(params: Params, request: Request) -> tuple[PyTree, ActivationCache]:
     """The same, with all logits of a loss in memory."""
     config, source = request.config, constrained(jnp.asarray(request.source), "b p" if request.has_tokens else "b p d")
     mask, positions, documents = _tokens_of(request)
+    check_model(config, params)
     if "embed" not in params:
         raise ValueError("params do not have 'embed'; pass the whole pytree that `convert_checkpoint` returns")
     check_layout(config, params)

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma3_jax.config import EmbeddingHead, Gemma3Config
+from gemma3_jax.config import EmbeddingHead, Gemma3Config, check_config
 from gemma3_jax.hooks.interception import Edit, Phase
 from gemma3_jax.hooks.longer import Longer
 from gemma3_jax.hooks.needs import phases
 from gemma3_jax.hooks.reductions import At, Steps
 from gemma3_jax.hooks.tracing import Traced
-from gemma3_jax.inputs import as_array, as_int32, check_config, integer, one_input, padding_mask, token_ids
+from gemma3_jax.inputs import as_array, as_int32, integer, one_input, padding_mask, token_ids
 from gemma3_jax.model.past import Past
 from gemma3_jax.positions import BY_COLUMN, Extent, check_mask, columns_at, packed_documents
 from gemma3_jax.run.loss import check_labels

@@ -11,11 +11,14 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Self, SupportsIndex, TypeAlias
 
-from gemma3_jax.config import Gemma3Config
+from gemma3_jax.config import Gemma3Config, check_config
 from gemma3_jax.sites.globs import alternatives, matching
 from gemma3_jax.sites.table import HEAD_SITES, SITES, Site, sites
+
+# A name, or the arguments of `get_act_name`.
+Name: TypeAlias = str | tuple[str, int] | tuple[str, int, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +53,13 @@ class SiteName(str):
     def __contains__(self, part: str) -> bool:  # type: ignore[override] # as `str` itself
         return super().__contains__(part) or part in self.legacy
 
-    def startswith(self, *arguments: Any) -> bool:
+    def startswith(self, prefix: str | tuple[str, ...], /, *section: SupportsIndex | None) -> bool:
         """Whether one of the names starts with this; arguments as for `str`."""
-        return super().startswith(*arguments) or self.legacy.startswith(*arguments)
+        return super().startswith(prefix, *section) or self.legacy.startswith(prefix, *section)
 
-    def endswith(self, *arguments: Any) -> bool:
+    def endswith(self, suffix: str | tuple[str, ...], /, *section: SupportsIndex | None) -> bool:
         """Whether one of the names ends with this; arguments as for `str`."""
-        return super().endswith(*arguments) or self.legacy.endswith(*arguments)
+        return super().endswith(suffix, *section) or self.legacy.endswith(suffix, *section)
 
 
 class UnknownSite(KeyError, ValueError):
@@ -82,6 +85,7 @@ _PART_WORDS = {"a": "attn", "attention": "attn", "m": "mlp", "b": "", "block": "
 
 def site_names(config: Gemma3Config) -> tuple[str, ...]:
     """The canonical names of all sites of the model, in the order in which the model computes them."""
+    check_config(config)
     return tuple(_table(config))
 
 

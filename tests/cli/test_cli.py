@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import gemma3_jax
 from conversion import convert_checkpoint
 from gemma3_jax import TINY, HookedGemma3
 from gemma3_jax.cli.demo import half_losses, induction_scores, repeated_tokens
@@ -84,6 +85,12 @@ def test_errors_are_one_line(arguments, names, tmp_path, monkeypatch, command):
     assert names in errors[0]
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_version(command):
+    """It is that of the package."""
+    done = command("--version")
+    assert (done.returncode, done.stdout) == (0, f"gemma3-jax {gemma3_jax.__version__}\n")
 
 
 def test_an_error_of_a_real_process():

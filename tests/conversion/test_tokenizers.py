@@ -54,6 +54,38 @@ def sentencepiece_model(tmp_path_factory) -> bytes:
     return (directory / "tokenizer.model").read_bytes()
 
 
+CLASSES = [
+    "GemmaTokenizer",
+    "GemmaTokenizerFast",
+    "PreTrainedTokenizerFast",
+    "TokenizersBackend",
+    "LlamaTokenizer",
+    None,
+]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_tokenizer_is_that_of_auto_tokenizer(name, folder, monkeypatch):
+    """Its class, its content and its settings, whether or not `AutoTokenizer` is asked."""
+    from transformers import AutoTokenizer
+
+    monkeypatch.setattr(ours, "_trial", lambda tokenizer: "")  # not every class reads this vocabulary
+
+    shutil.copyfile(TINY / "tokenizer.json", folder / "tokenizer.json")
+    settings = json.loads((TINY / "tokenizer_config.json").read_text()) | {
+        "padding_side": "right",
+        "add_bos_token": True,
+    }
+    settings = {**settings, "tokenizer_class": name} if name else {"padding_side": "right"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    wanted, found = AutoTokenizer.from_pretrained(folder, local_files_only=True), ours.load_tokenizer(folder)
+    assert type(found) is type(wanted)
+    assert found.backend_tokenizer.to_str() == wanted.backend_tokenizer.to_str()
+    assert found.init_kwargs | {"trust_remote_code": None} == wanted.init_kwargs | {"trust_remote_code": None}
+    assert found(TEXT)["input_ids"] == wanted(TEXT)["input_ids"]
+    assert (found.padding_side, found.special_tokens_map) == ("right", wanted.special_tokens_map)
+
+
 PARTIAL = {
     "chat_template.jinja": "{{ messages }}",
     "added_tokens.json": '{"<image_soft_token>": 200}',

@@ -170,34 +170,36 @@ def test_a_neighbour_is_not_seen():
     assert not same(sites(config, params, tokens, ())["logits"][:, 4:], alone, 1e-2)
 
 
+@functools.partial(jax.jit, static_argnames=("config",))
+def weighted_gradients(config, params, tokens, weights, segment_ids=None):
+    """The gradients of the parameters for the weighted sum of the logits; and the logits."""
+
+    def weighted(params):
+        logits = forward(config, params, tokens, segment_ids=segment_ids)[0]
+        return jnp.sum(logits * weights), logits
+
+    return jax.grad(weighted, has_aux=True)(params)
+
+
 @pytest.mark.parametrize("stacked", [False, True], ids=["layers apart", "scanned"])
 def test_long_rows_and_their_gradients(stacked):
     """Where no score is held, logits are those of each document alone, and gradients the sum of theirs."""
     _, config, params = models("causal", long=True)
     tokens, lengths = random_tokens((1, LONG)), LONG_ROWS[0]
-    ids = numbered([lengths])
     weights = np.random.default_rng(0).normal(size=(1, LONG, config.vocab_size)).astype(np.float32)
-
-    @jax.jit
-    def value(params, tokens, weights, segment_ids=None):
-        def weighted(params):
-            logits = forward(config, params, tokens, segment_ids=segment_ids)[0]
-            return jnp.sum(logits * weights), logits
-
-        return jax.grad(weighted, has_aux=True)(params)
-
-    gradients, logits = value(stack_layers(config, params) if stacked else params, tokens, weights, ids)
+    laid_out = stack_layers(config, params) if stacked else params
+    gradients, logits = weighted_gradients(config, laid_out, tokens, weights, numbered([lengths]))
     starts = np.cumsum([0, *lengths])
     alone = []
     for start, end in itertools.pairwise(starts):
         here = slice(start, end)
-        each, expected = value(params, tokens[:, here], weights[:, here])
+        each, expected = weighted_gradients(config, params, tokens[:, here], weights[:, here])
         assert_same(logits[:, here], expected)
         alone.append(each)
     total = jax.tree.map(lambda *each: np.sum(each, axis=0), *alone)
     total = stack_layers(config, total) if stacked else total
     jax.tree.map(assert_same, gradients, total)
-    one_text = value(params, tokens, weights)[0]["embed"]["weight"]
+    one_text = weighted_gradients(config, params, tokens, weights)[0]["embed"]["weight"]
     assert not same(gradients["embed"]["weight"], one_text, 1e-2)  # control
 
 

@@ -10,14 +10,14 @@ ROOT = Path(__file__).parents[2]
 
 # In the order of their floors: a room imports from those above it in this list alone, and of these, what it names.
 ROOMS = {
+    "types": ("short names of the types in signatures", ""),
     "messages": ("text from files, sanitized for messages and logs", ""),
     "atomic": ("files and directories that are written whole or not at all", ""),
-    "reading": ("files that others wrote, which may be damaged or hostile: JSON and safetensors", "messages"),
+    "reading": ("files that others wrote, which may be damaged or hostile: JSON and safetensors", "types messages"),
     "elsewhere": ("names of TransformerLens that are missing here, and what to write", ""),
     "descriptions": ("what objects say of themselves at the prompt and in notebooks", ""),
-    "config": ("the shape of a model", "messages elsewhere descriptions"),
+    "config": ("the shape of a model", "types messages elsewhere descriptions"),
     "kept": ("what is kept on disk from one process to the next", ""),
-    "types": ("short names of the types in signatures", ""),
     "extras": ("optional packages, and the error where one is missing", ""),
     "renamed": ("old names of arguments, which work for one version with a warning", ""),
     "version": ("the installed version", ""),

@@ -117,6 +117,10 @@ def test_a_module_of_the_users_does_not_hide_ours(tmp_path):
         ("import gemma3_jax, conversion", {"jax", "flax", "torch", "tensorstore", "transformers"}),
         ("from conversion import convert_checkpoint", {"torch", "tensorstore", "transformers", "matplotlib"}),
         ("from gemma3_jax import HookedGemma3, pictures", {"torch", "tensorstore", "matplotlib"}),
+        (
+            "import gemma3_jax; gemma3_jax.HookedGemma3.from_pretrained(gemma3_jax.TINY).generate('ba ke', 2)",
+            {"torch", "tensorstore", "matplotlib"},
+        ),
     ],
 )
 def test_imports_wait_until_they_are_needed(code, absent, tmp_path):

@@ -5,7 +5,7 @@ from typing import assert_type
 import jax
 import numpy as np
 
-from gemma3_jax import ActivationCache, Gemma3Config, HookedGemma3, forward
+from gemma3_jax import ActivationCache, Gemma3Config, HookedGemma3, features, forward
 from gemma3_jax.types import Params
 
 Both = tuple[jax.Array, jax.Array]
@@ -54,10 +54,19 @@ def of_inputs(model: HookedGemma3, ids: np.ndarray) -> None:
     model(ids, attention_mask=np.ones_like(ids), positions=ids)
 
 
-def mistakes(model: HookedGemma3) -> None:
+def of_features(model: HookedGemma3, sae: features.SparseAutoencoder, values: np.ndarray) -> None:
+    """What `splice`, `steer` and `train` return can be passed on, without a cast."""
+    edits = [features.splice(sae, ablate=[3], only={"phase": "generation"}), features.steer(sae, 3, 0.5)]
+    assert_type(model.run_with_hooks("a text", edits), jax.Array)
+    features.save(features.train(values, 16, site_in="blocks.1.hook_out"), "sae")
+
+
+def mistakes(model: HookedGemma3, sae: features.SparseAutoencoder) -> None:
     """Negative controls: mypy reports each of these lines, or `unused-ignore`."""
     assert_type(model("a text", "both"), jax.Array)  # error: assert-type
     assert_type(model.run_with_cache("a text"), jax.Array)  # error: assert-type
     model.run_with_cache("a text", "**", return_type="both", incl_bwd=True)  # error: call-overload
     model("a text", return_type="losses")  # error: call-overload
     model("a text", stop_at_layer="first")  # error: call-overload
+    features.splice(sae, only={"phase": "prompts"})  # error: arg-type
+    features.splice(sae, only={"layers": 3})  # error: arg-type

@@ -7,8 +7,8 @@ Encoders are [f, d]. A JumpReLU keeps x where x > threshold, also negative x. `W
 Axes: i features of the input, o of the output, f features of the dictionary, m layers that are written.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -20,6 +20,7 @@ from gemma3_jax.features.hookpoints import canonical, expanded, site_of
 from gemma3_jax.features.layered import CrossLayerTranscoder
 from gemma3_jax.reading import CheckpointError, check_file
 from gemma3_jax.sites.names import block
+from gemma3_jax.types import Settings
 
 CONFIG, LAYER, ENCODER, DECODER = "config.yaml", "layer_{}.safetensors", "W_enc_{}.safetensors", "W_dec_{}.safetensors"
 FILES = (CONFIG, *(name.replace("{}", "*") for name in (LAYER, ENCODER, DECODER)))
@@ -94,7 +95,7 @@ def _activation(tensors: Tensors, key: str) -> Activation:
     return JumpRelu(tensors.take(key, "f"), rectify=False) if key in tensors else Relu()
 
 
-def _sites(folder: Folder, argument: str, layers: Any) -> tuple[str, ...]:
+def _sites(folder: Folder, argument: str, layers: Sequence[int]) -> tuple[str, ...]:
     """The sites of the layers, as the caller says, or as the config says with the name of a site in a block."""
     given = getattr(folder, argument)
     if given is not None:
@@ -111,7 +112,7 @@ def _sites(folder: Folder, argument: str, layers: Any) -> tuple[str, ...]:
     return tuple(site_of(name, f"{file}: {key}", argument) for name in named)
 
 
-def _config(file: Path) -> dict[str, Any]:
+def _config(file: Path) -> Settings:
     """The settings of config.yaml; {} if it is missing."""
     if not file.exists():
         return {}

@@ -7,18 +7,20 @@ Axes: i features of the input and output, f features of the dictionary.
 """
 
 import re
-from typing import Any
+from typing import TypedDict
 
+import jax
 import numpy as np
 
 from gemma3_jax.features.activations import Gated, JumpRelu, Relu, TopK
 from gemma3_jax.features.dictionaries import SparseAutoencoder
 from gemma3_jax.features.formats.folder import Folder
-from gemma3_jax.features.formats.tensors import Tensors, of_k
+from gemma3_jax.features.formats.tensors import Arguments, Tensors, of_k
 from gemma3_jax.features.hookpoints import canonical, refuse, site_of
 from gemma3_jax.features.torch_file import read_torch_file
 from gemma3_jax.reading import CheckpointError
 from gemma3_jax.sites.names import block
+from gemma3_jax.types import Settings
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 FILES = (CONFIG, WEIGHTS)
@@ -59,7 +61,7 @@ def read(folder: Folder) -> SparseAutoencoder:
     return SparseAutoencoder(**_CLASSES[name](tensors, settings), site_in=_site(folder, settings))
 
 
-def _trainer(folder: Folder) -> dict[str, Any]:
+def _trainer(folder: Folder) -> Settings:
     """The settings of the trainer; {} if there are none."""
     settings = folder.config(CONFIG).get("trainer")
     return settings if isinstance(settings, dict) else {}
@@ -72,55 +74,69 @@ def _class_of(tensors: Tensors) -> str | None:
     return next((name for key, name in keys.items() if key in tensors), None)
 
 
-def _linear(tensors: Tensors, bias: str) -> dict[str, Any]:
+class _Linear(TypedDict):
+    """The part of `Arguments` that `_linear` finds."""
+
+    W_enc: jax.Array
+    W_dec: jax.Array
+    b_dec: jax.Array
+    subtracts_b_dec: bool
+
+
+def _linear(tensors: Tensors, bias: str) -> _Linear:
     """The weights of a class with `nn.Linear` layers, whose decoder's bias is at the key `bias`."""
     encoder, decoder = tensors.take("encoder.weight", "f i"), tensors.take("decoder.weight", "i f")
     return {"W_enc": encoder.T, "W_dec": decoder.T, "b_dec": tensors.take(bias, "i"), "subtracts_b_dec": True}
 
 
-def _named(tensors: Tensors) -> dict[str, Any]:
-    """The weights of a class with W_enc and W_dec."""
-    axes = {"W_enc": "i f", "b_enc": "f", "W_dec": "f i", "b_dec": "i"}
-    return {key: tensors.take(key, letters) for key, letters in axes.items()}
+def _named(tensors: Tensors, threshold: str) -> Arguments:
+    """The arguments of a class with W_enc and W_dec, whose threshold has these axes."""
+    return {
+        "W_enc": tensors.take("W_enc", "i f"),
+        "b_enc": tensors.take("b_enc", "f"),
+        "W_dec": tensors.take("W_dec", "f i"),
+        "b_dec": tensors.take("b_dec", "i"),
+        "activation": JumpRelu(tensors.take("threshold", threshold)),
+    }
 
 
-def _auto_encoder(tensors: Tensors, settings: dict[str, Any]) -> dict[str, Any]:
-    weights = {**_linear(tensors, "bias"), "b_enc": tensors.take("encoder.bias", "f"), "activation": Relu()}
+def _auto_encoder(tensors: Tensors, settings: Settings) -> Arguments:
+    weights: Arguments = {**_linear(tensors, "bias"), "b_enc": tensors.take("encoder.bias", "f"), "activation": Relu()}
     norms = np.linalg.norm(np.asarray(weights["W_dec"], np.float32), axis=1)
     if np.allclose(norms, 1):
         return weights
-    scaled = {"W_enc": weights["W_enc"] * norms, "b_enc": weights["b_enc"] * norms}
-    return {**weights, **scaled, "W_dec": weights["W_dec"] / norms[:, None]}
+    W_enc, b_enc = weights["W_enc"] * norms, weights["b_enc"] * norms
+    return {**weights, "W_enc": W_enc, "b_enc": b_enc, "W_dec": weights["W_dec"] / norms[:, None]}
 
 
-def _auto_encoder_new(tensors: Tensors, settings: dict[str, Any]) -> dict[str, Any]:
+def _auto_encoder_new(tensors: Tensors, settings: Settings) -> Arguments:
     weights = _linear(tensors, "decoder.bias")
     return {**weights, "b_enc": tensors.take("encoder.bias", "f"), "activation": Relu(), "subtracts_b_dec": False}
 
 
-def _gated(tensors: Tensors, settings: dict[str, Any]) -> dict[str, Any]:
+def _gated(tensors: Tensors, settings: Settings) -> Arguments:
     weights = _linear(tensors, "decoder_bias")
     activation = Gated(*(tensors.take(key, "f") for key in ("r_mag", "gate_bias", "mag_bias")))
-    return {**weights, "b_enc": np.zeros(tensors.sizes["f"], np.float32), "activation": activation}
+    return {**weights, "b_enc": tensors.zeros("f"), "activation": activation}
 
 
-def _jump_relu(tensors: Tensors, settings: dict[str, Any]) -> dict[str, Any]:
-    return {**_named(tensors), "activation": JumpRelu(tensors.take("threshold", "f"))}
+def _jump_relu(tensors: Tensors, settings: Settings) -> Arguments:
+    return _named(tensors, "f")
 
 
-def _top_k(tensors: Tensors, settings: dict[str, Any]) -> dict[str, Any]:
-    weights = {**_linear(tensors, "b_dec"), "b_enc": tensors.take("encoder.bias", "f")}
+def _top_k(tensors: Tensors, settings: Settings) -> Arguments:
+    weights, b_enc = _linear(tensors, "b_dec"), tensors.take("encoder.bias", "f")
     k = int(tensors.arrays["k"]) if "k" in tensors else settings.get("k")
-    return {**weights, "activation": TopK(of_k(k, tensors.sizes["f"], tensors.file))}
+    return {**weights, "b_enc": b_enc, "activation": TopK(of_k(k, tensors.sizes["f"], tensors.file))}
 
 
-def _batch_top_k(tensors: Tensors, settings: dict[str, Any]) -> dict[str, Any]:
-    weights = {**_linear(tensors, "b_dec"), "b_enc": tensors.take("encoder.bias", "f")}
-    return {**weights, "activation": JumpRelu(tensors.take("threshold", ""))}
+def _batch_top_k(tensors: Tensors, settings: Settings) -> Arguments:
+    weights, b_enc = _linear(tensors, "b_dec"), tensors.take("encoder.bias", "f")
+    return {**weights, "b_enc": b_enc, "activation": JumpRelu(tensors.take("threshold", ""))}
 
 
-def _matryoshka(tensors: Tensors, settings: dict[str, Any]) -> dict[str, Any]:
-    return {**_named(tensors), "activation": JumpRelu(tensors.take("threshold", "")), "subtracts_b_dec": True}
+def _matryoshka(tensors: Tensors, settings: Settings) -> Arguments:
+    return {**_named(tensors, ""), "subtracts_b_dec": True}
 
 
 _CLASSES = {
@@ -134,7 +150,7 @@ _CLASSES = {
 }
 
 
-def _site(folder: Folder, settings: dict[str, Any]) -> str:
+def _site(folder: Folder, settings: Settings) -> str:
     """The site, by the words of a submodule's name, or by its name as a module of Hugging Face."""
     if folder.site_in is not None:
         return canonical(str(folder.site_in), "site_in", "site_in")

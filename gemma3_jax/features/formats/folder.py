@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from gemma3_jax.reading import CheckpointError, read_json
+from gemma3_jax.types import JsonObject
 
 SiteNames = str | Sequence[str]
 
@@ -48,7 +48,7 @@ class Folder:
             )
         return [self.path / pattern.format(number) for number in numbers]
 
-    def config(self, name: str) -> dict[str, Any]:
+    def config(self, name: str) -> JsonObject:
         """The content of a JSON file; {} if it is missing.
 
         Raises:

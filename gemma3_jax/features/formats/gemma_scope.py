@@ -10,19 +10,20 @@ Axes: i features of the input, o of the output, f features of the dictionary, l 
 import re
 import warnings
 from pathlib import Path
-from typing import Any
 
+import jax
 import numpy as np
 
 from gemma3_jax.features.activations import JumpRelu
 from gemma3_jax.features.dictionaries import SparseAutoencoder, Transcoder
 from gemma3_jax.features.formats.folder import Folder, SiteNames
-from gemma3_jax.features.formats.tensors import Tensors, of_safetensors
+from gemma3_jax.features.formats.tensors import Arguments, Tensors, of_safetensors
 from gemma3_jax.features.hookpoints import canonical, expanded, site_of
 from gemma3_jax.features.layered import Crosscoder, CrossLayerTranscoder
 from gemma3_jax.features.placement import Dictionary
 from gemma3_jax.reading import CheckpointError
 from gemma3_jax.sites.names import block
+from gemma3_jax.types import Settings
 
 CONFIG, PARAMS, LAYER_PARAMS = "config.json", "params.safetensors", "params_layer_{}.safetensors"
 FILES = (CONFIG, PARAMS, LAYER_PARAMS.replace("{}", "*"))
@@ -62,47 +63,51 @@ def read(folder: Folder) -> Dictionary:
     tensors = of_safetensors(folder.path / PARAMS)
     site_in, site_out = (_site(folder, config, argument) for argument in ("site_in", "site_out"))
     W_enc, b_enc, activation = _encoder(tensors)
-    shared: dict[str, Any] = {
+    arguments: Arguments = {
         "W_enc": W_enc,
         "b_enc": b_enc,
         "activation": activation,
         "W_dec": tensors.take("w_dec", "f o"),
         "b_dec": tensors.take("b_dec", "o"),
-        "site_in": site_in,
     }
     if site_in == site_out and SKIP not in tensors:
-        return SparseAutoencoder(**shared)
+        return SparseAutoencoder(**arguments, site_in=site_in)
     skip = tensors.take(SKIP, "i o") if SKIP in tensors else None
-    return Transcoder(**shared, site_out=site_out, skip=skip)
+    return Transcoder(**arguments, site_in=site_in, site_out=site_out, skip=skip)
 
 
-def _encoder(tensors: Tensors) -> tuple[Any, Any, JumpRelu]:
+def _encoder(tensors: Tensors) -> tuple[jax.Array, jax.Array, JumpRelu]:
     return tensors.take("w_enc", "i f"), tensors.take("b_enc", "f"), JumpRelu(tensors.take("threshold", "f"))
 
 
-def _read_layers(folder: Folder, config: dict[str, Any], files: list[Path]) -> CrossLayerTranscoder | Crosscoder:
+def _read_layers(folder: Folder, config: Settings, files: list[Path]) -> CrossLayerTranscoder | Crosscoder:
     layers = [of_safetensors(file) for file in files]
     layers[0].sizes["l"] = len(files)
     for tensors in layers:
         tensors.sizes = layers[0].sizes  # so sizes are equal across files too
     W_enc, b_enc, activation = zip(*map(_encoder, layers), strict=True)
     decoders = [tensors.take("w_dec", "f l o") for tensors in layers]
-    shared: dict[str, Any] = {
-        "W_enc": W_enc,
-        "b_enc": b_enc,
-        "activation": activation,
-        "b_dec": tuple(tensors.take("b_dec", "o") for tensors in layers),
-        "site_in": _sites(folder, config, "site_in", len(files)),
-    }
-    site_out = _sites(folder, config, "site_out", len(files))
-    if shared["site_in"] == site_out:
-        return Crosscoder(**shared, W_dec=tuple(decoders))
+    b_dec = tuple(tensors.take("b_dec", "o") for tensors in layers)
+    site_in, site_out = (_sites(folder, config, argument, len(files)) for argument in ("site_in", "site_out"))
+    if site_in == site_out:
+        return Crosscoder(
+            W_enc=W_enc, b_enc=b_enc, W_dec=tuple(decoders), b_dec=b_dec, activation=activation, site_in=site_in
+        )
     _warn_of_earlier_targets(decoders, folder.path)
     skips = [tensors.take(SKIP, "i o") for tensors in layers if SKIP in tensors]
     if skips and len(skips) < len(layers):
         raise CheckpointError(f"{folder.path}: {SKIP} is in some layers, and not in all")
     causal = tuple(decoder[:, layer:] for layer, decoder in enumerate(decoders))
-    return CrossLayerTranscoder(**shared, W_dec=causal, site_out=site_out, skip=tuple(skips) or None)
+    return CrossLayerTranscoder(
+        W_enc=W_enc,
+        b_enc=b_enc,
+        W_dec=causal,
+        b_dec=b_dec,
+        activation=activation,
+        site_in=site_in,
+        site_out=site_out,
+        skip=tuple(skips) or None,
+    )
 
 
 def _warn_of_earlier_targets(decoders: list[np.ndarray], path: Path) -> None:
@@ -120,7 +125,7 @@ def _warn_of_earlier_targets(decoders: list[np.ndarray], path: Path) -> None:
         )
 
 
-def _site(folder: Folder, config: dict[str, Any], argument: str) -> str:
+def _site(folder: Folder, config: Settings, argument: str) -> str:
     """The site of a dictionary of one layer: as the caller says, as the config says, or as the path says."""
     given = getattr(folder, argument)
     if given is not None:
@@ -132,7 +137,7 @@ def _site(folder: Folder, config: dict[str, Any], argument: str) -> str:
     return block(layers[0], parts)
 
 
-def _sites(folder: Folder, config: dict[str, Any], argument: str, layers: int) -> tuple[str, ...]:
+def _sites(folder: Folder, config: Settings, argument: str, layers: int) -> tuple[str, ...]:
     """The sites of a dictionary of several layers, as `_site`."""
     given = getattr(folder, argument)
     names: SiteNames
@@ -152,7 +157,7 @@ def _sites(folder: Folder, config: dict[str, Any], argument: str, layers: int) -
     return sites
 
 
-def _configured(config: dict[str, Any], argument: str) -> Any:
+def _configured(config: Settings, argument: str) -> SiteNames | None:
     """The name that a config has for a site. The output of an autoencoder is at its input."""
     name = config.get(argument.replace("site", "hf_hook_point"))
     if name is not None or argument == "site_in":

@@ -5,7 +5,6 @@ Axes: i features of the input, o of the output, f features of the dictionary.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +13,7 @@ from gemma3_jax.features.activations import Activation, Gated, JumpRelu, Relu
 from gemma3_jax.features.dictionaries import SparseAutoencoder, Transcoder
 from gemma3_jax.processes import to_host
 from gemma3_jax.reading import CheckpointError
+from gemma3_jax.types import JsonObject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Outgoing:
 
     tensors: Mapping[str, Mapping[str, Tensor]]
     config_name: str
-    config: dict[str, Any]
+    config: JsonObject
 
 
 def as_is(array: jax.Array | np.ndarray) -> Tensor:

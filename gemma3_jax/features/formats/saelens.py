@@ -8,17 +8,17 @@ Axes: i features of the input, o of the output, f features of the dictionary.
 
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from gemma3_jax.features.activations import Activation, Gated, JumpRelu, Relu, TopK
 from gemma3_jax.features.dictionaries import SparseAutoencoder, Transcoder
 from gemma3_jax.features.formats.folder import Folder
-from gemma3_jax.features.formats.tensors import Tensors, of_k, of_safetensors
+from gemma3_jax.features.formats.tensors import Arguments, Tensors, of_k, of_safetensors
 from gemma3_jax.features.hookpoints import given_or_named
 from gemma3_jax.features.normalizations import LayerNorm, Normalization, UnitNorm
 from gemma3_jax.reading import CheckpointError
+from gemma3_jax.types import Settings
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 FILES = (CONFIG, WEIGHTS)
@@ -66,27 +66,25 @@ def read(folder: Folder) -> SparseAutoencoder | Transcoder:
     if config.get("hook_head_index") is not None:
         raise CheckpointError(f"{file}: it reads one head alone (hook_head_index), which is not supported")
     is_transcoder = architecture in _TRANSCODERS
-    weights = {
+    arguments: Arguments = {
         "W_enc": tensors.take("W_enc", "i f"),
         "W_dec": tensors.take("W_dec", "f o"),
         "b_dec": tensors.take("b_dec", "o"),
-        "b_enc": np.zeros(tensors.sizes["f"], np.float32) if architecture == "gated" else tensors.take("b_enc", "f"),
+        "b_enc": tensors.zeros("f") if architecture == "gated" else tensors.take("b_enc", "f"),
         "activation": _activation(config, tensors, file),
     }
-    shared: dict[str, Any] = {
-        **_rescaled(weights, config, tensors, file),
-        "normalization": _normalization(config, file),
-        "site_in": _site(folder, config, "site_in"),
-        # Early versions wrote the default of an autoencoder for transcoders, too, which none ever followed.
-        "subtracts_b_dec": not is_transcoder and bool(config.get("apply_b_dec_to_input", True)),
-    }
+    arguments = _rescaled(arguments, config, tensors, file)
+    arguments["normalization"] = _normalization(config, file)
+    site_in = _site(folder, config, "site_in")
+    # Early versions wrote the default of an autoencoder for transcoders, too, which none ever followed.
+    arguments["subtracts_b_dec"] = not is_transcoder and bool(config.get("apply_b_dec_to_input", True))
     if not is_transcoder:
-        return SparseAutoencoder(**shared)
+        return SparseAutoencoder(**arguments, site_in=site_in)
     skip = tensors.take("W_skip", "o i").T if "skip" in architecture else None
-    return Transcoder(**shared, skip=skip, site_out=_site(folder, config, "site_out"))
+    return Transcoder(**arguments, site_in=site_in, site_out=_site(folder, config, "site_out"), skip=skip)
 
 
-def _settings(folder: Folder) -> dict[str, Any]:
+def _settings(folder: Folder) -> Settings:
     """All settings on one level, under the names and with the defaults of version 6."""
     config = folder.config(CONFIG)
     metadata = config.get("metadata")
@@ -99,14 +97,14 @@ def _settings(folder: Folder) -> dict[str, Any]:
     return {"apply_b_dec_to_input": True, **old}
 
 
-def _site(folder: Folder, config: dict[str, Any], argument: str) -> str:
+def _site(folder: Folder, config: Settings, argument: str) -> str:
     """The site, by its Hugging Face name if the config has it, which has one meaning."""
     names = {"site_in": ("hf_hook_name", "hook_name"), "site_out": ("hf_hook_name_out", "hook_name_out")}[argument]
     key = next((key for key in names if config.get(key) is not None), names[-1])
     return given_or_named(getattr(folder, argument), config.get(key), f"{folder.path / CONFIG}: {key}", argument)
 
 
-def _activation(config: dict[str, Any], tensors: Tensors, file: Path) -> Activation:
+def _activation(config: Settings, tensors: Tensors, file: Path) -> Activation:
     architecture = config.get("architecture", "standard")
     if architecture == "gated":
         return Gated(*(tensors.take(key, "f") for key in ("r_mag", "b_gate", "b_mag")))
@@ -120,25 +118,25 @@ def _activation(config: dict[str, Any], tensors: Tensors, file: Path) -> Activat
     return Relu()
 
 
-def _rescaled(weights: dict[str, Any], config: dict[str, Any], tensors: Tensors, file: Path) -> dict[str, Any]:
+def _rescaled(arguments: Arguments, config: Settings, tensors: Tensors, file: Path) -> Arguments:
     """The weights, with scales of features folded in: decoder norms, and factors that were found by finetuning."""
     if config.get("rescale_acts_by_decoder_norm"):
-        norm = np.linalg.norm(np.asarray(weights["W_dec"], np.float32), axis=1)
-        weights = {
-            **weights,
-            "W_enc": weights["W_enc"] * norm,
-            "b_enc": weights["b_enc"] * norm,
-            "W_dec": weights["W_dec"] / norm[:, None],
+        norm = np.linalg.norm(np.asarray(arguments["W_dec"], np.float32), axis=1)
+        arguments = {
+            **arguments,
+            "W_enc": arguments["W_enc"] * norm,
+            "b_enc": arguments["b_enc"] * norm,
+            "W_dec": arguments["W_dec"] / norm[:, None],
         }
     factor = tensors.take("scaling_factor", "f") if "scaling_factor" in tensors else np.ones(1)
     if np.all(factor == 1):
-        return weights
+        return arguments
     if not config.get("finetuning_scaling_factor"):
         raise CheckpointError(f"{file}: there is a scaling_factor, but finetuning_scaling_factor is not true")
-    return {**weights, "W_dec": weights["W_dec"] * factor[:, None]}
+    return {**arguments, "W_dec": arguments["W_dec"] * factor[:, None]}
 
 
-def _normalization(config: dict[str, Any], file: Path) -> Normalization | None:
+def _normalization(config: Settings, file: Path) -> Normalization | None:
     name = config.get("normalize_activations") or "none"
     name = "expected_average_only_in" if name is True else name
     if name not in NORMALIZATIONS:

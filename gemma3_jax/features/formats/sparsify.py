@@ -8,14 +8,14 @@ Axes: i features of the input, o of the output, f features of the dictionary.
 """
 
 from pathlib import Path
-from typing import Any
 
 from gemma3_jax.features.activations import Activation, GroupMax, TopK
 from gemma3_jax.features.dictionaries import SparseAutoencoder, Transcoder
 from gemma3_jax.features.formats.folder import Folder
-from gemma3_jax.features.formats.tensors import of_k, of_safetensors
+from gemma3_jax.features.formats.tensors import Arguments, of_k, of_safetensors
 from gemma3_jax.features.hookpoints import canonical, module_site
 from gemma3_jax.reading import CheckpointError
+from gemma3_jax.types import Settings
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 FILES = (CONFIG, WEIGHTS)
@@ -40,22 +40,22 @@ def read(folder: Folder) -> SparseAutoencoder | Transcoder:
     file = folder.path / CONFIG
     config, tensors = folder.config(CONFIG), of_safetensors(folder.path / WEIGHTS)
     transcode = bool(config.get("transcode", False))
-    shared: dict[str, Any] = {
+    arguments: Arguments = {
         "W_enc": tensors.take("encoder.weight", "f i").T,
         "b_enc": tensors.take("encoder.bias", "f"),
         "W_dec": tensors.take("W_dec", "f o"),
         "b_dec": tensors.take("b_dec", "o"),
         "activation": _activation(config, tensors.sizes["f"], file),
-        "site_in": _site(folder, "site_in", "input" if transcode else "output"),
         "subtracts_b_dec": not transcode,
     }
+    site_in = _site(folder, "site_in", "input" if transcode else "output")
     skip = tensors.take("W_skip", "o i").T if "W_skip" in tensors else None
     if not transcode and skip is None:
-        return SparseAutoencoder(**shared)
-    return Transcoder(**shared, skip=skip, site_out=_site(folder, "site_out", "output"))
+        return SparseAutoencoder(**arguments, site_in=site_in)
+    return Transcoder(**arguments, site_in=site_in, site_out=_site(folder, "site_out", "output"), skip=skip)
 
 
-def _activation(config: dict[str, Any], width: int, file: Path) -> Activation:
+def _activation(config: Settings, width: int, file: Path) -> Activation:
     name, k = config.get("activation", "topk"), of_k(config.get("k"), width, file)
     if name == "topk":
         return TopK(k)

@@ -2,13 +2,28 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma3_jax.features.activations import Activation
+from gemma3_jax.features.normalizations import Normalization
 from gemma3_jax.messages import printable
 from gemma3_jax.reading import CheckpointError, map_tensor, read_header
+
+
+class Arguments(TypedDict):
+    """Arguments of a class of dictionaries, beside sites. The arrays are mapped, until `placement.place` reads them."""
+
+    W_enc: jax.Array
+    b_enc: jax.Array
+    W_dec: jax.Array
+    b_dec: jax.Array
+    activation: Activation
+    normalization: NotRequired[Normalization | None]
+    subtracts_b_dec: NotRequired[bool]
 
 
 class Tensors:
@@ -42,6 +57,10 @@ class Tensors:
         raise CheckpointError(
             f"{self.file}: {key} has shape {list(tensor.shape)}; it must be [{', '.join(letters)}] = {expected}"
         )
+
+    def zeros(self, letter: str) -> Any:
+        """Zeros [n] float32 in the place of a tensor, of the size of an axis letter."""
+        return np.zeros(self.sizes[letter], np.float32)
 
     def require(self, *keys: str) -> None:
         """Raise a CheckpointError if a tensor is missing."""

@@ -3,8 +3,6 @@
 Axes: f features of a layer, l layers, o features of the output.
 """
 
-from typing import Any
-
 import jax
 import numpy as np
 
@@ -17,6 +15,7 @@ from gemma3_jax.features.placement import Dictionary
 from gemma3_jax.processes import to_host
 from gemma3_jax.reading import CheckpointError
 from gemma3_jax.sites.names import layer_of
+from gemma3_jax.types import JsonObject
 
 _FORMAT = "gemma_scope"
 
@@ -34,7 +33,7 @@ def outgoing(dictionary: Dictionary, model_name: str | None) -> Outgoing:
         kind, points = "clt", [_all(sites) for sites in (dictionary.site_in, dictionary.site_out)]
         tensors = {LAYER_PARAMS.format(layer): _of_layer(dictionary, layer) for layer in range(len(dictionary.W_enc))}
     kinds = {Transcoder: "transcoder", Crosscoder: "crosscoder"}
-    config: dict[str, Any] = {
+    config: JsonObject = {
         "architecture": "jump_relu",
         "type": kinds.get(type(dictionary), kind),
         "hf_hook_point_in": points[0],

@@ -1,7 +1,5 @@
 """Dictionaries in the format of SAELens 6. See `saelens`, which reads it."""
 
-from typing import Any
-
 from gemma3_jax.features.activations import Gated, Relu, TopK
 from gemma3_jax.features.dictionaries import SparseAutoencoder, Transcoder
 from gemma3_jax.features.formats.outgoing import Outgoing, Tensor, as_is, folded_bias, threshold_of, transposed
@@ -10,6 +8,7 @@ from gemma3_jax.features.hookpoints import huggingface_name, transformer_lens_na
 from gemma3_jax.features.placement import Dictionary
 from gemma3_jax.reading import CheckpointError
 from gemma3_jax.sites.table import site
+from gemma3_jax.types import JsonObject, Settings
 
 _FORMAT, _VERSION = "saelens", "6.0.0"
 
@@ -32,7 +31,7 @@ def outgoing(dictionary: Dictionary, model_name: str | None) -> Outgoing:
     if skip is not None:
         tensors["W_skip"] = transposed(skip)
     by_head = not is_transcoder and site(dictionary.site_in).axes.endswith("h e")
-    config: dict[str, Any] = {
+    config: JsonObject = {
         "architecture": architecture,
         "d_in": dictionary.W_enc.shape[0],
         "d_sae": dictionary.width,
@@ -48,7 +47,7 @@ def outgoing(dictionary: Dictionary, model_name: str | None) -> Outgoing:
     return Outgoing({WEIGHTS: tensors}, CONFIG, config)
 
 
-def _encoder(dictionary: SparseAutoencoder | Transcoder) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+def _encoder(dictionary: SparseAutoencoder | Transcoder) -> tuple[str, dict[str, Tensor], Settings]:
     """The architecture of an autoencoder with this encoder, the encoder's other tensors, and its settings."""
     is_transcoder, activation = isinstance(dictionary, Transcoder), dictionary.activation
     if isinstance(activation, Gated) and not is_transcoder:
@@ -70,7 +69,7 @@ def _normalization(dictionary: SparseAutoencoder | Transcoder) -> str:
     return names[0]
 
 
-def _metadata(dictionary: SparseAutoencoder | Transcoder, model_name: str | None) -> dict[str, Any]:
+def _metadata(dictionary: SparseAutoencoder | Transcoder, model_name: str | None) -> dict[str, str]:
     """The names of the sites and of the model."""
     named = {
         "hook_name": transformer_lens_name(dictionary.site_in),

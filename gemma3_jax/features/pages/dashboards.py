@@ -10,7 +10,6 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,11 +102,10 @@ def _page(found: Found, own: FoundFeature, beside: list[Feature | None], labels:
     """The page of a feature, between two others."""
     counts, edges = own.histogram
     before, after = (each if each is None else _linked(each, pages) for each in beside)
-    values: dict[str, Any] = {"top": [], "bottom": [], "no_logits": ""}
     try:
-        values |= {"top": own.top_logits[:_LOGITS], "bottom": own.bottom_logits[:_LOGITS]}
+        top, bottom, no_logits = own.top_logits[:_LOGITS], own.bottom_logits[:_LOGITS], ""
     except ValueError as error:
-        values["no_logits"] = str(error)
+        top, bottom, no_logits = [], [], str(error)
     return rendered(
         "feature.html",
         f"Feature {name_of(own.feature)}",
@@ -122,11 +120,13 @@ def _page(found: Found, own: FoundFeature, beside: list[Feature | None], labels:
         similar=_similar(own.feature, found.dictionary, pages),
         coactive=_coactive(found, own.feature, pages),
         examples=_examples(own),
-        **values,
+        top=top,
+        bottom=bottom,
+        no_logits=no_logits,
     )
 
 
-def _row(own: FoundFeature, labels: Labels) -> dict[str, Any]:
+def _row(own: FoundFeature, labels: Labels) -> dict[str, object]:
     """What the index says of a feature."""
     try:
         logits = [token for token, _ in own.top_logits[:_WORDS]]
@@ -143,7 +143,7 @@ def _row(own: FoundFeature, labels: Labels) -> dict[str, Any]:
     }
 
 
-def _examples(own: FoundFeature) -> list[dict[str, Any]]:
+def _examples(own: FoundFeature) -> list[dict[str, object]]:
     """The texts of a feature, on one scale."""
     activations = own.activations
     scale = fitting_scale("value", np.concatenate([np.zeros(1), *activations]))
@@ -184,7 +184,7 @@ def _facts(own: FoundFeature, sae: Dictionary) -> list[tuple[str, str]]:
     return [*facts, ("decoder", f"length {lengths[1]:.4g}{cosine}")]
 
 
-def _similar(feature: Feature, sae: Dictionary, pages: set[Feature]) -> list[dict[str, Any]]:
+def _similar(feature: Feature, sae: Dictionary, pages: set[Feature]) -> list[dict[str, object]]:
     """The features with the most similar decoder rows; none in a dictionary of several layers."""
     if isinstance(sae, LAYERED) or sae.width == 1:
         return []
@@ -195,7 +195,7 @@ def _similar(feature: Feature, sae: Dictionary, pages: set[Feature]) -> list[dic
     ]
 
 
-def _coactive(found: Found, feature: Feature, pages: set[Feature]) -> list[dict[str, Any]]:
+def _coactive(found: Found, feature: Feature, pages: set[Feature]) -> list[dict[str, object]]:
     """The features that are most often active on the same tokens; none if they were not counted."""
     with contextlib.suppress(KeyError):
         return [
@@ -205,7 +205,7 @@ def _coactive(found: Found, feature: Feature, pages: set[Feature]) -> list[dict[
     return []
 
 
-def _linked(feature: Feature, pages: set[Feature]) -> dict[str, Any]:
+def _linked(feature: Feature, pages: set[Feature]) -> dict[str, str]:
     """The name of a feature, and its page if it has one."""
     return {"name": name_of(feature), "file": file_of(feature) if feature in pages else ""}
 

@@ -18,6 +18,7 @@ from gemma3_jax.pictures.scale import Scale
 if TYPE_CHECKING:
     import jinja2
 
+# Texts by feature. Keys are not `Feature`, since `dict[int, str]` would not be such a mapping.
 Labels = Mapping[Any, str]
 
 
@@ -31,7 +32,7 @@ def _templates() -> "jinja2.Environment":
     return environment
 
 
-def rendered(template: str, title: str, **values: Any) -> str:
+def rendered(template: str, title: str, **values: object) -> str:
     """A whole HTML page from a template; it does not use the network."""
     return page(title, _templates().get_template(template).render(title=title, **values))
 
@@ -64,7 +65,7 @@ def running(token: str) -> str:
     return " ".join(visible(part) if part else "" for part in token.split(" ")) or visible(token)
 
 
-def coloured(tokens: Sequence[str], values: np.ndarray, scale: Scale, at: int) -> list[dict[str, Any]]:
+def coloured(tokens: Sequence[str], values: np.ndarray, scale: Scale, at: int) -> list[dict[str, object]]:
     """What a template shows of a text's tokens: values [w] other than 0 have a colour, token `at` has an outline."""
     return [
         {
@@ -77,7 +78,7 @@ def coloured(tokens: Sequence[str], values: np.ndarray, scale: Scale, at: int) -
     ]
 
 
-def bars(counts: np.ndarray, edges: np.ndarray) -> list[dict[str, Any]]:
+def bars(counts: np.ndarray, edges: np.ndarray) -> list[dict[str, str]]:
     """The bars of a histogram; heights are logarithmic, in percent."""
     most = np.log1p(counts.max(initial=1))
     return [

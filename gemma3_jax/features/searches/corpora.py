@@ -12,8 +12,9 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
+import jax
 import numpy as np
 
 from gemma3_jax.harvest.documents import bos_of
@@ -134,8 +135,8 @@ class Texts:
             return unit
         # A small corpus does not run at the size of a large one.
         b, p = int(unit.rows.max(initial=0)) + 1, bucket(int(unit.columns.max(initial=0)) + 1)
-        parts: list[Any] = [part if part is None else part[:b, :p] for part in unit.inputs]
-        return Unit(Inputs(*parts), unit.rows, unit.columns, unit.arrays, unit.documents)
+        inputs = jax.tree.map(lambda part: part[:b, :p], unit.inputs)
+        return Unit(inputs, unit.rows, unit.columns, unit.arrays, unit.documents)
 
 
 class Stored:

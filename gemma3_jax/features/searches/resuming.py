@@ -69,7 +69,7 @@ class StateFile:
 
     def write(self, progress: Progress) -> None:
         """Replace the file."""
-        arrays: dict[str, Any] = {
+        arrays: dict[str, jax.Array] = {
             f"{'' if layer is None else layer}.{name}": array
             for layer, tally in progress.tallies.items()
             for name, array in tally._asdict().items()
@@ -79,7 +79,7 @@ class StateFile:
 
 
 def identity_of(
-    model: HookedGemma3, readers: Mapping[int | None, Reader], source: Source, settings: Mapping[str, Any]
+    model: HookedGemma3, readers: Mapping[int | None, Reader], source: Source, settings: Mapping[str, object]
 ) -> dict[str, str]:
     """What must be the same for a search to be continued, by name: short digests and settings."""
     config = json.dumps(model.config.to_hf(), sort_keys=True)
@@ -110,7 +110,7 @@ def split(tally: Tally, sizes: list[int]) -> list[Tally]:
     return [Tally(*map(jnp.asarray, each)) for each in zip(*parts, strict=True)]
 
 
-def _axis(array: Any) -> int:
+def _axis(array: np.ndarray | jax.Array) -> int:
     """The axis of the features: counts have two parts before it."""
     return 1 if array.ndim == 3 else 0
 

@@ -6,18 +6,18 @@ piece, which may be any number.
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import numpy as np
 
-from gemma3_jax.cache.activations import ActivationCache
+from gemma3_jax.cache.activations import ActivationCache, Name
 from gemma3_jax.inputs import as_array
 
 _BATCH = 1024  # where the caller does not say
 
 # A token's values at the sites that are read and at those that are written; of an autoencoder, the first alone.
-Values = tuple[Any, ...]
+Values: TypeAlias = tuple[np.ndarray | jax.Array, ...]
 # Canonical names of the sites that are read, and of those that are written; in each, one for every layer.
 Sites = tuple[tuple[str, ...], ...]
 
@@ -31,7 +31,9 @@ class Store(Protocol):
 
     def __len__(self) -> int: ...
 
-    def shuffled(self, batch: int, seed: int = 0, *, sites: Any = None, epoch: int = 0) -> Iterable[Any]: ...
+    def shuffled(
+        self, batch: int, seed: int = 0, *, sites: list[Name] | None = None, epoch: int = 0
+    ) -> Iterable[object]: ...
 
 
 class Source(NamedTuple):
@@ -48,7 +50,7 @@ class Source(NamedTuple):
     batch: int
 
 
-def source_of(activations: Any, sites: Sites, batch: int | None, seed: int) -> Source:
+def source_of(activations: object, sites: Sites, batch: int | None, seed: int) -> Source:
     """Where batches come from.
 
     Args:
@@ -115,21 +117,21 @@ def _of_arrays(values: Values, batch: int, seed: int) -> Source:
 
 def _of_store(store: Store, sites: Sites, batch: int, seed: int) -> Source:
     def passes(number: int) -> Iterator[Values]:
-        names = list(dict.fromkeys(itertools.chain(*sites)))
+        names: list[Name] = list(dict.fromkeys(itertools.chain(*sites)))
         shuffled = store.shuffled(batch, seed, sites=names, epoch=number)
         return (_as_values(piece, sites) for piece in shuffled)
 
     return Source(passes, len(store), batch)
 
 
-def _of_batches(activations: Iterable[Any], sites: Sites, batch: int | None) -> Source:
+def _of_batches(activations: Iterable[object], sites: Sites, batch: int | None) -> Source:
     """Of an iterable, of which the first element says how large batches are."""
     again = iter(activations)
     first = next(again, None)
     if first is None:
         raise ValueError("activations has no batch")
     rows = len(_as_values(first, sites)[0])
-    rest: Iterator[Any] = itertools.chain([first], again)
+    rest: Iterator[object] = itertools.chain([first], again)
 
     def passes(number: int) -> Iterator[Values]:
         pieces = rest if number == 0 else iter(activations)

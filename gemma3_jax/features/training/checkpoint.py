@@ -1,9 +1,8 @@
 """A run of training on disk, so that a killed run goes on where it was."""
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import numpy as np
 
 from gemma3_jax.features.state_files import read_state, write_state
 from gemma3_jax.features.training.step import State
+from gemma3_jax.types import Settings
 
 
 def fingerprint(values: tuple[np.ndarray, ...]) -> str:
@@ -32,7 +32,7 @@ class Checkpoint(NamedTuple):
 
     file: Path | None
     every: int
-    settings: Mapping[str, Any]
+    settings: Settings
 
     def keep(self, state: State) -> None:
         """Write the run: all of the file, or nothing."""
@@ -47,6 +47,6 @@ class Checkpoint(NamedTuple):
         return jax.tree.unflatten(jax.tree.structure(new), [jnp.array(known[0][name]) for name in _named(new)])
 
 
-def _named(state: State) -> dict[str, Any]:
+def _named(state: State) -> dict[str, jax.Array]:
     """The arrays of a state by their path, in the order of its leaves."""
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}

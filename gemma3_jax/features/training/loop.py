@@ -3,20 +3,23 @@
 Axes: n tokens, d features of a site, l layers of a dictionary of several.
 """
 
+from __future__ import annotations
+
 import itertools
 import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from gemma3_jax.features.dictionaries import check_k
+from gemma3_jax.features.dictionaries import SparseAutoencoder, Transcoder, check_k
+from gemma3_jax.features.layered import CrossLayerTranscoder
 from gemma3_jax.features.training.batches import Source, Values, batches, source_of
 from gemma3_jax.features.training.checkpoint import Checkpoint, fingerprint
 from gemma3_jax.features.training.scale import dictionary_of, scaling_of
@@ -31,7 +34,7 @@ _DEAD_TOKENS = 10_000_000
 
 
 def train(
-    activations: Any,
+    activations: object,
     width: int,
     kind: Kind = "batchtopk",
     *,
@@ -47,7 +50,7 @@ def train(
     checkpoint_every: int = 1000,
     progress: bool | None = None,
     report: Callable[[Figures], object] | None = None,
-) -> Any:
+) -> SparseAutoencoder | Transcoder | CrossLayerTranscoder:
     """Train a sparse autoencoder, or, with `site_out`, a transcoder; of several layers, a cross-layer transcoder.
 
     Activations may have any scale and centre. Both are found from the first tokens, and folded into the weights in the
@@ -129,7 +132,7 @@ def train(
     total = steps if steps is not None or source.rows is None else max(source.rows // source.batch, 1)
     first, stream = _beginning(itertools.islice(batches(source, once=steps is None), steps), source)
     scalings = tuple(scaling_of(values, layers) for values in first)
-    scaled = tuple(scaling(values[: source.batch]) for scaling, values in zip(scalings, first, strict=True))
+    scaled = tuple(scaling(jnp.asarray(x[: source.batch])) for scaling, x in zip(scalings, first, strict=True))
     rate = _ADAM_RATE * math.sqrt(_RATE_WIDTH / width) if learning_rate is None else learning_rate
     settings = plan._asdict() | {"site_in": sites[0], "site_out": sites[-1], "batch": source.batch, "steps": total}
     settings |= {"learning_rate": rate, "seed": seed, "activations": fingerprint(first)}
@@ -180,7 +183,7 @@ def _prefixes(prefixes: Sequence[int], width: int) -> tuple[int, ...]:
     return whole
 
 
-def _beginning(stream: Iterator[Values], source: Source) -> tuple[Values, Iterator[Values]]:
+def _beginning(stream: Iterator[Values], source: Source) -> tuple[tuple[np.ndarray, ...], Iterator[Values]]:
     """The first tokens, on the host, and all batches from the first on."""
     held = list(itertools.islice(stream, max(1, -(-_FIRST // source.batch))))
     if not held:
@@ -206,7 +209,7 @@ def _patience(width: int, k: int, batch: int, total: int | None) -> int:
     return min(max(waits, 100 if total is None else total // 20), -(-_DEAD_TOKENS // batch))
 
 
-def _report(figures: Figures, bar: Any, report: Callable[[Figures], object] | None) -> None:
+def _report(figures: Figures, bar: tqdm, report: Callable[[Figures], object] | None) -> None:
     """Show how training goes, and stop it if it cannot go on."""
     step, *shares = jax.device_get(figures)
     known = Figures(int(step), *map(float, shares))

@@ -1,7 +1,6 @@
 """The sites that a dictionary is trained at, from the names that a caller gives."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from gemma3_jax.sites.names import layer_of, resolve
 Names = str | Sequence[str]
 
 
-def sites_of(activations: Any, site_in: Names | None, site_out: Names | None) -> Sites:
+def sites_of(activations: object, site_in: Names | None, site_out: Names | None) -> Sites:
     """The canonical names of the sites that are read, and of those that are written: none, for an autoencoder.
 
     Raises:
@@ -38,7 +37,7 @@ def sites_of(activations: Any, site_in: Names | None, site_out: Names | None) ->
     return sites
 
 
-def _named(activations: Any, names: Names) -> tuple[str, ...]:
+def _named(activations: object, names: Names) -> tuple[str, ...]:
     deepest = Gemma3Config.preset("27b")
     if not isinstance(names, str) or "*" not in names:
         return tuple(resolve(name, deepest).name for name in expanded(names, [0]))

@@ -19,7 +19,7 @@ that are read, m layers that one of them writes to.
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.struct
 import jax
@@ -86,7 +86,7 @@ class State:
     """
 
     weights: Weights
-    optimizer: Any
+    optimizer: optax.OptState
     idle: jax.Array
     kept: jax.Array
     step: jax.Array
@@ -108,11 +108,11 @@ class Figures(NamedTuple):
         dead: fraction of features that have not been active for many steps.
     """
 
-    step: Any
-    loss: Any
-    l0: Any
-    fvu: Any
-    dead: Any
+    step: jax.Array | int
+    loss: jax.Array | float
+    l0: jax.Array | float
+    fvu: jax.Array | float
+    dead: jax.Array | float
 
 
 def new_state(values: tuple[jax.Array, ...], layers: int, plan: Plan, seed: int) -> State:
