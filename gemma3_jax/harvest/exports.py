@@ -56,7 +56,7 @@ def write_npy(site: Site, blocks: Iterator[np.ndarray], file: str | os.PathLike[
         mapped = np.lib.format.open_memmap(temporary, "w+", np.dtype(dtype), site.shape)
         at = 0
         for values in blocks:
-            mapped[at : at + len(values)] = values
+            mapped[at : at + len(values)] = _held(values, mapped.dtype, site.name)
             at += len(values)
         mapped.flush()
 
@@ -124,11 +124,28 @@ def _write_contexts(
         count = min(several, contexts.stop - first)
         start, stop = first * context, (first + count) * context
         # [n c, d] -> [n c d]
-        values = np.asarray(site.rows(start, stop)).astype(dtype).reshape(-1)
+        values = _held(site.rows(start, stop), dtype, site.name).reshape(-1)
         rows = pyarrow.ListArray.from_arrays(np.arange(0, values.size + 1, d, dtype=np.int32), values)
         arrays = pyarrow.ListArray.from_arrays(np.arange(0, len(rows) + 1, context, dtype=np.int32), rows)
         ids = pyarrow.FixedSizeListArray.from_arrays(np.ascontiguousarray(store.tokens(start, stop)), context)
         out.write_batch(pyarrow.record_batch([arrays, ids], schema=schema))
+
+
+def _held(values: np.ndarray, dtype: np.dtype | type, name: str) -> np.ndarray:
+    """The values in another dtype, rounded.
+
+    Raises:
+        StoreError: it does not hold them: some would become infinite, or other integers.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = np.asarray(values).astype(dtype)
+    if cast.dtype.kind in "iu":
+        held = np.array_equal(cast, np.asarray(values, np.float64))
+    else:
+        held = not (np.isinf(cast) & np.isfinite(values)).any()
+    if not held:
+        raise StoreError(f"{cast.dtype} does not hold the values of {name}; nothing was written, and float32 does")
+    return cast
 
 
 def _write_json(file: Path, content: Settings) -> None:

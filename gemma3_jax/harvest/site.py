@@ -128,7 +128,8 @@ class Site(Described):
         """Write all rows to one `.npy` file, unit by unit, in a dtype that NumPy has.
 
         Raises:
-            StoreError: the reduction of the site left several arrays.
+            StoreError: the reduction of the site left several arrays; or the dtype does not hold a value, as float16
+                does not hold 65,536.
         """
         self._check_one("`.npy`")
         write_npy(self, iter(self), file, dtype)
@@ -153,7 +154,7 @@ class Site(Described):
             dtype: "float32" or "float16".
 
         Raises:
-            StoreError: the values are not vectors, or there are fewer than `context`.
+            StoreError: the values are not vectors, or there are fewer than `context`; or float16 does not hold one.
         """
         self._check_one("SAELens")
         write_saelens(self.store, self, folder, context, hook_name, dtype)

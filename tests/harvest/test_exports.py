@@ -61,6 +61,22 @@ def test_datasets_reads_them(store, saved):
     )
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int32"])
+def test_values_that_a_dtype_does_not_hold(store, tmp_path, monkeypatch, dtype):
+    """They would be infinite in float16, which the residual stream of real models exceeds, and cut in integers."""
+    site = store[SITE]
+    assert np.isfinite(np.asarray(site, np.float32)).all()
+    site.save(tmp_path / "fits.npy", "float16")
+    monkeypatch.setattr(type(site), "rows", lambda site, start, stop: np.full((stop - start, 96), 70000.5, np.float32))
+    with pytest.raises(StoreError, match=f"{dtype} does not hold the values of blocks.1.hook_out"):
+        site.save(tmp_path / "large.npy", dtype)
+    if dtype == "float16":
+        pytest.importorskip("pyarrow")
+        with pytest.raises(StoreError, match="float16 does not hold"):
+            site.save_for_saelens(tmp_path / "large", CONTEXT, dtype=dtype)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fits.npy"]
+
+
 def test_a_buffer_without_end(store):
     """Batches of one size, epoch after epoch, each in another order; several sites, centred; the config is JSON."""
     buffer, n = store.buffer(SITE, 64, seed=3), len(store)
