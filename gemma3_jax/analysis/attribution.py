@@ -79,7 +79,7 @@ def attribution_patching(
     >>> scores.shape == (model.config.num_hidden_layers, model.config.num_attention_heads)
     True
     """
-    names = (name,) if isinstance(name, str) else tuple(name)
+    names = tuple(name) if isinstance(name, Sequence) and not isinstance(name, str) else (name,)
     first = {each: get_act_name(each, 0, config=model.config) for each in names}
     inputs = model.inputs(corrupted, attention_mask)
     request = request_of(model, inputs, logits_at=logits_at)
@@ -248,6 +248,12 @@ def _integrated(
 ) -> tuple[jax.Array, jax.Array]:
     at_value, cache = gradients(params, request, metric, named=(name,))
     value = cache[name].astype(jnp.float32)
+    try:
+        baseline = jnp.broadcast_to(baseline, value.shape)
+    except ValueError:
+        raise ValueError(
+            f"baseline has shape {list(baseline.shape)}; it must broadcast to the value at {name}, {list(value.shape)}"
+        ) from None
     change = value - baseline
 
     def at(edit: Replace) -> tuple[jax.Array, ActivationCache]:
@@ -261,5 +267,5 @@ def _integrated(
 
     mean, _ = jax.lax.scan(add, jnp.zeros_like(value), line)
     shares = change * mean
-    at_baseline, _ = at(Replace(jnp.broadcast_to(baseline, value.shape)))
+    at_baseline, _ = at(Replace(baseline))
     return shares, at_value - at_baseline - jnp.sum(shares)

@@ -29,7 +29,7 @@ from gemma3_jax.hooks.indices import bad_index, may_index
 from gemma3_jax.hooks.interception import Edit
 from gemma3_jax.hooks.needs import indices_of
 from gemma3_jax.hooks.restrictions import Index, check_values
-from gemma3_jax.hooks.tracing import Traced, bad_index_message, traced
+from gemma3_jax.hooks.tracing import Traced, bad_index_message, check_callable, traced
 from gemma3_jax.inputs import as_array, as_int32, positive
 from gemma3_jax.meshes import part
 from gemma3_jax.run.compiled import run_compiled
@@ -162,6 +162,7 @@ def measured_sweep(
     resume: np.ndarray | None = None,
 ) -> tuple[np.ndarray, bool]:
     """`sweep` with a `check` of the result of the metric, before anything runs; and whether all runs were done."""
+    check_callable("edits", edits)
     chunk_size = None if chunk_size is None else positive("chunk_size", chunk_size)
     if not memory_limit > 0:
         raise ValueError(f"memory_limit is {memory_limit}; it must be above 0, in bytes")

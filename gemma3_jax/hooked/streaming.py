@@ -73,7 +73,7 @@ def activations(
     """
     if isinstance(batches, str | Mapping):
         raise TypeError("this is one batch; give an iterable of batches")
-    if not (isinstance(names_filter, str | Mapping) or callable(names_filter)):
+    if isinstance(names_filter, Iterable) and not isinstance(names_filter, str | Mapping):
         names_filter = tuple(names_filter)  # an iterator can be read only once
     if not captures(model.config, names_filter, Extent(1, None)):
         raise ValueError(f"names_filter {names_filter!r} does not match a site; name at least one")

@@ -9,6 +9,7 @@ inputs too.
 
 import contextlib
 import gc
+import reprlib
 import sys
 import threading
 import weakref
@@ -102,7 +103,7 @@ def traced(
             once at each moment; by default at every call.
 
     Raises:
-        TypeError: the function needs concrete numbers of a traced value, or stores a traced value.
+        TypeError: it is not callable; or it needs concrete numbers of a traced value, or stores a traced value.
         ValueError: an index is out of range.
 
     >>> import jax
@@ -113,6 +114,7 @@ def traced(
     >>> float(triple(jax.numpy.ones(3)).sum()), triple.computation is double.computation
     (9.0, True)
     """
+    check_callable(where, function)
     leaves, inputs_tree = jax.tree.flatten(inputs)
     parts, function_tree = jax.tree.flatten(function)
     parts = [as_array(part) for part in parts]
@@ -138,6 +140,12 @@ def traced(
         computation = _computation(jaxpr, jax.tree.structure(results), where, watched)
     _check_indices(computation, arrays, where)
     return Traced(arrays, computation)
+
+
+def check_callable(where: str, function: object) -> None:
+    """Raise TypeError for what is given in the place of a function."""
+    if not callable(function):
+        raise TypeError(f"{where} is {reprlib.repr(function)}; it must be a function")
 
 
 def _calls_functions(jaxpr: jex.Jaxpr) -> bool:

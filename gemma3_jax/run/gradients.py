@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 from gemma3_jax.cache.activations import ActivationCache
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.hooks.interception import Edit, Hook
+from gemma3_jax.hooks.tracing import check_callable
 from gemma3_jax.renamed import renamed
 from gemma3_jax.run.forward import run
 from gemma3_jax.run.request import Request, check_phases, new_request, warn_of_constants, warn_of_padding
@@ -81,7 +82,7 @@ def grad_at(
         UnknownSite: a name is not a site.
         ValueError: `capture` matches only the token ids; the metric does not return a scalar; or the arguments are
             invalid for `forward`, with a loss if there is no metric.
-        TypeError: an edit is not callable.
+        TypeError: an edit or the metric is not callable.
 
     >>> import jax
     >>> from conversion import convert_checkpoint
@@ -93,7 +94,9 @@ def grad_at(
     >>> cache.grads["blocks.1.hook_resid_post"].shape == (1, 5, config.hidden_size)
     True
     """
-    if metric is None and return_type == "embedding":
+    if metric is not None:
+        check_callable("the metric", metric)
+    elif return_type == "embedding":
         raise ValueError("the gradient of an embedding needs a metric(embedding) -> []")
     request = new_request(
         config,

@@ -112,7 +112,9 @@ def resolve(name: str, config: Gemma3Config) -> Match:
 
     Raises:
         UnknownSite: no site has that name; the message lists the nearest names.
+        TypeError: it is not text.
     """
+    _check_text(name)
     known = _aliases(config)
     match = known.get(_one_prefix(name))
     if match is None:
@@ -121,6 +123,11 @@ def resolve(name: str, config: Gemma3Config) -> Match:
             hint = f"for the shorthand of one layer, write get_act_name({name!r}, layer)"
         raise UnknownSite(f"no site is named {name!r} in this model of {config.num_hidden_layers} layers; {hint}")
     return match
+
+
+def _check_text(name: object) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"{name!r} does not name a site: give a name, such as 'blocks.3.hook_out'")
 
 
 def spellings(names: Iterable[str], config: Gemma3Config) -> list[str]:
@@ -178,10 +185,12 @@ def get_act_name(
 
     Raises:
         UnknownSite: no site matches the shorthand, or several do; or the model has no such layer.
+        TypeError: it is not text.
 
     >>> get_act_name("q", 3), get_act_name("scale", 0, "ln1"), get_act_name("embed"), get_act_name("k6")
     ('blocks.3.attn.q.hook_out', 'blocks.0.ln1.hook_scale', 'embed.hook_out', 'blocks.6.attn.k.hook_out')
     """
+    _check_text(name)
     together = re.fullmatch(r"([a-z_]+)(\d+)(\w*)", name)
     if together and layer is None:
         name, layer, layer_type = together[1], int(together[2]), together[3] or layer_type

@@ -350,6 +350,13 @@ def test_integrated_gradients_of_a_linear_metric():
         integrated_gradients(model(), TOKENS, "hook_embed", metric, steps=0)
 
 
+@pytest.mark.parametrize("shape", [(7,), (2, 3, 48), (5, 2, 9, 48)])
+def test_a_baseline_of_another_shape(shape):
+    """The error has both shapes, for one with more axes or rows than the value too."""
+    with pytest.raises(ValueError, match=rf"baseline has shape \[{shape[0]}.*blocks.0.hook_out, \[2, 9, 48\]"):
+        integrated_gradients(model(), TOKENS, "blocks.0.hook_out", metric, np.zeros(shape), steps=1)
+
+
 def test_metrics_are_compiled_once():
     """The leaves of a metric are data, in patching and attribution alike."""
 

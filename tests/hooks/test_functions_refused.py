@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from gemma3_jax import HookedGemma3, analysis, edits, patching, reductions
+from gemma3_jax import HookedGemma3, analysis, edits, get_act_name, grad_at, patching, reductions
 from gemma3_jax.hooks.indices import line_of
 from tests.helpers.small_model import TOKENS, identity, small
 
@@ -143,6 +143,43 @@ def test_every_entry_says_so(make):
     with pytest.raises(TypeError, match="stores its value"):
         make(lambda x: kept.append(x.sum()) or x.sum())()
     make(lambda x: x.sum())()  # control
+
+
+def last(logits):
+    return logits[0, -1, 3]
+
+
+SWAPPED = {
+    "attribution_patching": lambda: analysis.attribution_patching(model(), TOKENS, TOKENS, "z", last, ("layer",)),
+    "activation_patching": lambda: analysis.activation_patching(model(), TOKENS, TOKENS, "z", last, ("layer",)),
+    "edge_attribution": lambda: analysis.edge_attribution(model(), TOKENS, TOKENS, "z"),
+    "get_act_patch": lambda: patching.get_act_patch_resid_pre(model(), TOKENS, TOKENS, SITE),
+    "grad_at": lambda: grad_at(*small(), TOKENS, last, SITE),
+    "integrated_gradients": lambda: analysis.integrated_gradients(model(), TOKENS, last, SITE),
+    "loss_fn": lambda: model().run_with_cache(TOKENS, SITE, incl_bwd=True, loss_fn=SITE),
+    "sweep": lambda: analysis.sweep(model(), TOKENS, np.ones(2), lambda item: {SITE: edits.Scale(item)}, last),
+}
+
+
+@pytest.mark.parametrize("call", SWAPPED.values(), ids=SWAPPED)
+def test_something_else_in_the_place_of_a_function_or_a_name(call):
+    """Arguments in another order are refused by name, not by Python's raw error."""
+    with pytest.raises(
+        TypeError, match=r"(the metric|loss_fn|edits) is .*; it must be a function|does not name a site"
+    ):
+        call()
+
+
+@pytest.mark.parametrize("name", [3, None, ("z", 1), last], ids=["number", "None", "pair", "function"])
+def test_a_name_that_is_not_text(name):
+    """In functions that take one name."""
+    with pytest.raises(TypeError, match="does not name a site: give a name"):
+        analysis.integrated_gradients(model(), TOKENS, name, last)
+    with pytest.raises(TypeError, match="does not name a site: give a name"):
+        get_act_name(name, 1)
+    if not isinstance(name, tuple) and name is not last:
+        with pytest.raises(TypeError, match="does not name sites"):
+            model().activations([TOKENS], name)
 
 
 def test_in_place_and_forgotten_returns():
