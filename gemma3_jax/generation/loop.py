@@ -18,6 +18,7 @@ import numpy as np
 from gemma3_jax.cache.activations import ActivationCache
 from gemma3_jax.config import Gemma3Config
 from gemma3_jax.descriptions import Described, Description, fields_of
+from gemma3_jax.generation.ahead import compile_together
 from gemma3_jax.generation.decode import Decoding, Task, check_logits, go_on, read
 from gemma3_jax.generation.memory import in_memory
 from gemma3_jax.generation.sampling import Options, check_names, row_keys, sampling
@@ -141,6 +142,7 @@ def generate(
         capture=capture,
         edits=edits,
         return_logits=return_logits,
+        in_steps=False,
         **options,
     )
     return finish(task, write_rest(task, text, bounds), bounds)
@@ -177,9 +179,14 @@ def begin(
     capture: Capture = (),
     edits: Edits | None = None,
     return_logits: bool = False,
+    in_steps: bool,
     **options: Unpack[Options],
 ) -> tuple[Task, Decoding, Bounds]:
-    """Check the arguments of `generate` and do the prefill."""
+    """Check the arguments of `generate` and do the prefill.
+
+    Args:
+        in_steps: the caller wants the first token as soon as possible, and not first the program that writes the rest.
+    """
     refuse_traced((params, tokens, attention_mask, edits, options))
     check_model(config, params)
     given = prepare(
@@ -193,6 +200,8 @@ def begin(
         **options,
     )
     unstacked = unstack_layers(config, params)
+    if given.new > 1 and not in_steps:
+        compile_together(unstacked, given.task, given.tokens, given.start, new=given.room, keep_logits=return_logits)
     text = in_memory(read, unstacked, given.task, given.tokens, given.start, new=given.room, keep_logits=return_logits)
     start, extra = np.asarray(given.start) - given.extra, given.extra
     return given.task, text, Bounds(params, unstacked, given.new, given.tokens.shape[1] - extra, start, extra)

@@ -90,7 +90,9 @@ def generate(
     check_names(options, _OTHER_NAMES)
     stops = _checked_stop_strings(model, stop_strings)
     tokens, mask = _prompt(model, input, attention_mask)
-    task, text, bounds = _begin(model, tokens, mask, max_new_tokens, fwd_hooks, keep, return_logits, **options)
+    task, text, bounds = _begin(
+        model, tokens, mask, max_new_tokens, fwd_hooks, keep, return_logits, in_steps=False, **options
+    )
     text, ends = _write(model, task, text, bounds, stops, _shown_before(model, input, text, bounds))
     generation = finish(task, text, bounds, ends)
     kind = return_type or ("text" if _is_text(input) else "tokens")
@@ -120,7 +122,8 @@ def generate_stream(
     check_names(options, _OTHER_NAMES)
     stops = _checked_stop_strings(model, stop_strings)
     tokens, mask = _prompt(model, input, attention_mask)
-    return _pieces(model, input, *_begin(model, tokens, mask, max_new_tokens, fwd_hooks, **options), stops)
+    begun = _begin(model, tokens, mask, max_new_tokens, fwd_hooks, in_steps=True, **options)
+    return _pieces(model, input, *begun, stops)
 
 
 def _pieces(
@@ -166,6 +169,8 @@ def _begin(
     fwd_hooks: Edits,
     capture: Capture = (),
     return_logits: bool = False,
+    *,
+    in_steps: bool,
     **options: Unpack[Options],
 ) -> tuple[Task, Decoding, Bounds]:
     return begin(
@@ -177,6 +182,7 @@ def _begin(
         capture=capture,
         edits=fwd_hooks,
         return_logits=return_logits,
+        in_steps=in_steps,
         **options,
     )
 

@@ -73,6 +73,27 @@ def lowered(
     return program.lower(params, packed, donated)
 
 
+def lowered_if_new(
+    function: Callable[..., PyTree],
+    params: Params | None,
+    *arguments: PyTree,
+    donate: int | None = None,
+    replicate: bool = True,
+    **static: Hashable,
+) -> jax.stages.Lowered | None:
+    """The program of `run_compiled` for such arguments; None if an earlier call has asked for it.
+
+    `run_compiled` does not compile it again after its `compile()`, which may run in another thread. Arguments as in
+    `run_compiled`; a leaf may be a `jax.ShapeDtypeStruct`, which stands for an array that is not committed to a device.
+    """
+    known = _program.cache_info().misses
+    program, packed, donated = _bound(function, arguments, donate, replicate, static)
+    if _program.cache_info().misses == known:
+        return None
+    with set_mesh_of(params):
+        return program.lower(params, packed, donated)
+
+
 def _bound(
     function: Callable[..., PyTree],
     arguments: Sequence[PyTree],
