@@ -7,13 +7,16 @@ import html
 import itertools
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar, Protocol
 
 import jax
 import numpy as np
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+
+class Dataclass(Protocol):
+    """Any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Described:
         return self._description().html()
 
 
-def fields_of(obj: DataclassInstance) -> tuple[tuple[str, str], ...]:
+def fields_of(obj: Dataclass) -> tuple[tuple[str, str], ...]:
     """The name of each field of a dataclass and what it holds; arrays by shape and dtype. Fields that are None are left
     out.
     """
@@ -67,7 +70,7 @@ def fields_of(obj: DataclassInstance) -> tuple[tuple[str, str], ...]:
     return tuple((name, arrays_text(value)) for name, value in values if value is not None)
 
 
-def call_text(obj: DataclassInstance) -> str:
+def call_text(obj: Dataclass) -> str:
     """A dataclass as the call that makes it, with long arrays by shape and dtype; without flags as they are by default.
 
     >>> @dataclasses.dataclass

@@ -75,8 +75,8 @@ def export_checkpoint(
         files.check_target(directory)
         check_tokenizer(tokenizer)
 
-    check_model(config, params)
     in_first(check)
+    check_model(config, params)
     config.check_logits("dataclasses.replace(config, allow_truncated_logits=True) writes a checkpoint of these layers")
     number = isinstance(max_shard_size, int | np.integer) and not isinstance(max_shard_size, bool)
     if not (isinstance(max_shard_size, str) or (number and max_shard_size > 0)):

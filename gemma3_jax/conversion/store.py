@@ -65,8 +65,8 @@ def save_params(
         files.check_target(directory)
         check_tokenizer(tokenizer)
 
-    check_model(config, params)
     in_first(check)
+    check_model(config, params)
     params = unstack_layers(config, params)
     in_all(lambda: check_params(config, params))
     with files.writing(directory) as target:

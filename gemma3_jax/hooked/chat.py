@@ -7,13 +7,10 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import Any
 
 from gemma3_jax.messages import printable
 from gemma3_jax.types import Settings, Tokenizer
-
-if TYPE_CHECKING:
-    from _typeshed import TraceFunction
 
 _SECONDS = 5.0  # published templates take a few milliseconds
 
@@ -53,7 +50,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
     """
     end = time.monotonic() + seconds
 
-    def trace(frame: FrameType, event: str, argument: object) -> TraceFunction:
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
         if time.monotonic() > end:
             raise TimeoutError(f"it has not ended after {seconds:g} seconds")
         return trace
