@@ -179,7 +179,7 @@ def begin(
     capture: Capture = (),
     edits: Edits | None = None,
     return_logits: bool = False,
-    in_steps: bool,
+    in_steps: bool = True,
     **options: Unpack[Options],
 ) -> tuple[Task, Decoding, Bounds]:
     """Check the arguments of `generate` and do the prefill.
