@@ -105,8 +105,9 @@ class Site(Described):
             start, stop, step = rows.indices(len(self))
             return self.rows(start, max(start, stop)) if step == 1 else self.take(np.arange(start, stop, step))
         chosen = np.asarray(rows)
-        if chosen.dtype != bool:
-            chosen = np.where(chosen < 0, chosen + len(self), chosen)
+        if np.issubdtype(chosen.dtype, np.integer):
+            from_end = (chosen < 0) & (chosen >= -len(self))
+            chosen = np.where(from_end, chosen + len(self), chosen)
         values = self.take(np.atleast_1d(chosen))
         if chosen.ndim:
             return values

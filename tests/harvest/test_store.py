@@ -123,8 +123,12 @@ def test_rows_as_numpy_chooses_them(store):
     for wrong in (mask[1:], [0.5], [[1, 2]]):
         with pytest.raises(StoreError, match=r"rows are .*; they must be integers \[m\] or booleans"):
             site.take(wrong)
-    with pytest.raises(IndexError, match="the store has"):
-        site[len(site)]
+    for wrong in (None, "a", 1.5):
+        with pytest.raises(StoreError, match=r"rows are .*; they must be integers \[m\] or booleans"):
+            site[wrong]
+    for wrong in (len(site), -len(site) - 1):
+        with pytest.raises(IndexError, match=rf"rows {wrong} to {wrong} .*: the store has"):
+            site[wrong]
 
 
 def test_context(store, model):
