@@ -43,7 +43,7 @@ class Changed:
     """A part with changes.
 
     Attributes:
-        changes: see there.
+        changes: the changes, as `changes_of` returns them.
         part: with the changed features alone.
         whole: the part, if all its features together decide which are active; or None.
     """

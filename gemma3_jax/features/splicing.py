@@ -30,7 +30,7 @@ Pair: TypeAlias = tuple[str, Edit]
 
 
 class Restrictions(TypedDict, total=False):
-    """The arguments of `edits.only`, beside positions."""
+    """The arguments of `edits.only`, without positions."""
 
     layer: Index
     heads: Index

@@ -17,19 +17,19 @@ def compile_together(
 ) -> None:
     """Compile the prefill and the decode loop at the same time, if the prefill is new. Arguments as in `read`.
 
-    Both run as they would without this call. Parameters and edits that are committed to devices, such as those of a
-    mesh, place the text too, whose shapes do not say so: such programs are compiled when they run.
+    Both run as they would without this call. If parameters or edits are committed to devices, as on a mesh, the text
+    will be, too. Its shapes do not show that, so these programs are compiled when they run.
     """
     if any(isinstance(leaf, jax.Array) and leaf.committed for leaf in jax.tree.leaves((params, task))):
         return
-    prefill = lowered_if_new(read, params, task, tokens, start, replicate=False, new=new, keep_logits=keep_logits)
+    prefill = lowered_if_new(read, params, task, tokens, start, new=new, keep_logits=keep_logits)
     if prefill is None:
         return
     text = unshared(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), prefill.out_info))
     # A program that is too large is refused again when it runs, with a message about memory.
     with contextlib.suppress(jax.errors.JaxRuntimeError), ThreadPoolExecutor(1) as pool:
         compiled = pool.submit(prefill.compile)
-        decode = lowered_if_new(go_on, params, task, text, jnp.int32(1), donate=1, replicate=False)
+        decode = lowered_if_new(go_on, params, task, text, jnp.int32(1), donate=1)
         if decode is not None:
             decode.compile()
         compiled.result()

@@ -185,7 +185,8 @@ def begin(
     """Check the arguments of `generate` and do the prefill.
 
     Args:
-        in_steps: the caller wants the first token as soon as possible, and not first the program that writes the rest.
+        in_steps: compile only the prefill, so that the first token comes as soon as possible. Otherwise the decode loop
+            is compiled at the same time.
     """
     refuse_traced((params, tokens, attention_mask, edits, options))
     check_model(config, params)

@@ -78,16 +78,15 @@ def lowered_if_new(
     params: Params | None,
     *arguments: PyTree,
     donate: int | None = None,
-    replicate: bool = True,
     **static: Hashable,
 ) -> jax.stages.Lowered | None:
-    """The program of `run_compiled` for such arguments; None if an earlier call has asked for it.
+    """The program that `run_compiled(replicate=False)` runs for such arguments; None if an earlier call made it.
 
-    `run_compiled` does not compile it again after its `compile()`, which may run in another thread. Arguments as in
+    After its `compile()`, which may run in another thread, `run_compiled` does not compile it again. Arguments as in
     `run_compiled`; a leaf may be a `jax.ShapeDtypeStruct`, which stands for an array that is not committed to a device.
     """
     known = _program.cache_info().misses
-    program, packed, donated = _bound(function, arguments, donate, replicate, static)
+    program, packed, donated = _bound(function, arguments, donate, False, static)
     if _program.cache_info().misses == known:
         return None
     with set_mesh_of(params):

@@ -177,9 +177,13 @@ def test_a_name_that_is_not_text(name):
         analysis.integrated_gradients(model(), TOKENS, name, last)
     with pytest.raises(TypeError, match="does not name a site: give a name"):
         get_act_name(name, 1)
-    if not isinstance(name, tuple) and name is not last:
-        with pytest.raises(TypeError, match="does not name sites"):
-            model().activations([TOKENS], name)
+
+
+@pytest.mark.parametrize("names", [3, None, [3]], ids=["number", "None", "list"])
+def test_names_that_are_not_text(names):
+    """In functions that take several."""
+    with pytest.raises(TypeError, match="does not name sites"):
+        model().activations([TOKENS], names)
 
 
 def test_in_place_and_forgotten_returns():

@@ -15,7 +15,7 @@ from gemma3_jax.reading import CheckpointError, map_tensor, read_header
 
 
 class Arguments(TypedDict):
-    """Arguments of a class of dictionaries, beside sites. The arrays are mapped, until `placement.place` reads them."""
+    """Arguments of a dictionary's class, without sites. The arrays are mapped until `placement.place` reads them."""
 
     W_enc: jax.Array
     b_enc: jax.Array
